@@ -1,0 +1,130 @@
+"""The released checkpoints' tensor names, translated to ours, and the configs their shapes imply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from dcar_fast.config import DCARConfig, DCHTConfig
+
+RELEASED_HEAD_DIM = 72
+
+# (pattern in the released name, replacement), applied in order
+GENERATOR_NAMES = (
+    (r"^pos_embed$", "position"),
+    (r"^x_embedder\.", "token_embedding."),
+    (r"^y_embedder\.y_embedding$", "null_text"),
+    (r"^y_embedder\.y_proj\.", "text_proj."),
+    (r"^(blocks\.\d+)\.attn\.", r"\1.self_attn."),
+    (r"\.cross_attn\.(q|kv)_linear\.", r".cross_attn.\1."),
+    (r"^final_layer\.linear\.", "to_logits."),
+    (r"^diffloss\.net\.", "head."),
+)
+TOKENIZER_NAMES = (
+    (r"^quantize\.", "quantizer."),
+    (r"^decoder\.project_out\.op_list\.0\.", "decoder.norm."),
+    (r"^decoder\.project_out\.op_list\.2\.conv\.(?!conv\.)", "decoder.project_out."),
+    (r"^decoder\.project_out\.op_list\.2\.", "decoder.project_out."),
+    (r"^encoder\.project_in\.conv\.(?!conv\.)", "encoder.project_in."),
+    (r"^encoder\.project_out\.main\.op_list\.0\.", "encoder.project_out."),
+    (r"\.op_list\.", "."),
+    (r"\.context_module\.main\.proj\.norm\.", ".attention.norm."),
+    (r"\.context_module\.main\.", ".attention."),
+    (r"\.local_module\.main\.point_conv\.norm\.", ".mlp.norm."),
+    (r"\.local_module\.main\.inverted_conv\.", ".mlp.inverted."),
+    (r"\.local_module\.main\.depth_conv\.", ".mlp.depthwise."),
+    (r"\.local_module\.main\.point_conv\.", ".mlp.pointwise."),
+    (r"\.main\.conv2\.norm\.", ".norm."),
+    (r"\.main\.", "."),
+    (r"\.(conv|conv1|conv2|qkv|proj|inverted|depthwise|pointwise)\.conv\.", r".\1."),
+)
+
+
+def translate(names: Iterable[str], table: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Released name -> our name, for every name."""
+    translated = {}
+    for name in names:
+        ours = name
+        for pattern, replacement in table:
+            ours = re.sub(pattern, replacement, ours)
+        translated[name] = ours
+    return translated
+
+
+def infer_generator_config(state: Mapping[str, Tensor]) -> DCARConfig:
+    """The config that tensors (released names) imply; what shapes cannot tell has the released values."""
+    shape = _Shapes(state, "generator")
+    hidden = shape("x_embedder.weight", 1)
+    if hidden % RELEASED_HEAD_DIM:
+        raise ValueError(f"config must be given: hidden size {hidden} is no multiple of the released head size 72")
+    return DCARConfig(
+        codebook_size=shape("x_embedder.weight", 0) - 1,
+        latent_channels=shape("diffloss.net.input_proj.weight", 1),
+        num_tokens=shape("pos_embed", 1),
+        hidden_size=hidden,
+        num_layers=shape.count(r"^blocks\.(\d+)\."),
+        num_heads=hidden // RELEASED_HEAD_DIM,
+        mlp_hidden_size=shape("blocks.0.mlp.fc1.weight", 0),
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        text_length=shape("y_embedder.y_embedding", 0),
+        text_dim=shape("y_embedder.y_embedding", 1),
+        head_width=shape("diffloss.net.input_proj.weight", 0),
+        head_depth=shape.count(r"^diffloss\.net\.res_blocks\.(\d+)\."),
+    )
+
+
+def infer_tokenizer_config(state: Mapping[str, Tensor]) -> DCHTConfig:
+    """The config that tensors (released names) imply. Activations are invisible in shapes: the released ones are SiLU,
+    but ReLU in the decoder's residual stages. The width of an empty stage 0 is unused and takes the default."""
+    shape = _Shapes(state, "tokenizer")
+    stages = shape.count(r"^encoder\.stages\.(\d+)\.")
+    released = DCHTConfig()
+    widths, blocks, depths, norms = [], [], {"encoder": [], "decoder": []}, {"encoder": [], "decoder": []}
+    for i in range(stages):
+        for side in depths:
+            names = [n for n in state if n.startswith(f"{side}.stages.{i}.")]
+            resampler = any(re.search(r"op_list\.\d+\.main\.conv\.conv\.weight$", n) for n in names)
+            depths[side].append(len({n.split(".")[4] for n in names}) - resampler)
+            batch_norm = any(n.endswith("running_mean") for n in names) or (not names and i == 0 and side == "decoder")
+            norms[side].append("batch_norm" if batch_norm else "layer_norm")
+        vit = any(f".stages.{i}.op_list" in n and ".context_module." in n for n in state)
+        blocks.append("efficientvit" if vit else "res")
+        widths.append(_stage_width(state, i) or released.widths[0])
+    return DCHTConfig(
+        codebook_size=shape("quantize.embedding.weight", 0),
+        latent_channels=shape("quantize.embedding.weight", 1),
+        widths=tuple(widths),
+        encoder_depths=tuple(depths["encoder"]),
+        decoder_depths=tuple(depths["decoder"]),
+        blocks=tuple(blocks),
+        encoder_norm=norms["encoder"][-1],
+        encoder_act=released.encoder_act,
+        decoder_norms=tuple(norms["decoder"]),
+        decoder_acts=tuple("relu" if block == "res" else "silu" for block in blocks),
+    )
+
+
+def _stage_width(state: Mapping[str, Tensor], stage: int) -> int | None:
+    last_conv = r"(main\.conv2|local_module\.main\.point_conv)\.conv\.weight"
+    pattern = rf"^(encoder|decoder)\.stages\.{stage}\.op_list\.\d+\.{last_conv}$"
+    return next((tensor.shape[0] for name, tensor in state.items() if re.search(pattern, name)), None)
+
+
+class _Shapes:
+    """Sizes of tensors by name; what is missing is a ``ValueError`` that says what the checkpoint should be."""
+
+    def __init__(self, state: Mapping[str, Tensor], kind: str) -> None:
+        self.state, self.kind = state, kind
+
+    def __call__(self, name: str, axis: int) -> int:
+        if name not in self.state or self.state[name].dim() <= axis:
+            raise ValueError(f"not a released DC-AR {self.kind}: {name!r} is missing or misshapen")
+        return self.state[name].shape[axis]
+
+    def count(self, pattern: str) -> int:
+        found = [int(m.group(1)) for m in (re.search(pattern, name) for name in self.state) if m]
+        if not found:
+            raise ValueError(f"not a released DC-AR {self.kind}: it has no tensors like {pattern}")
+        return max(found) + 1

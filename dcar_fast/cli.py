@@ -1,0 +1,229 @@
+"""The command line ``dcar-fast``: one dataclass per command, flags made from its fields by tyro."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from dcar_fast.config import PRESETS, SamplingConfig
+
+DESCRIPTION = "DC-AR text-to-image: sample, reconstruct, inpaint, convert."
+
+Output = Annotated[Path, arg(aliases=["-o"])]
+Sampling = Annotated[SamplingConfig, arg(name="")]
+
+
+@dataclass(kw_only=True)
+class _ModelCommand:
+    """What every command that runs a model takes."""
+
+    model: str = "shapes"
+    """A preset (shapes, dc-ar-256, dc-ar-512, dc-ar-1024), a folder, or a hub id."""
+    device: str = "auto"
+    """"auto" takes a GPU if there is one, else the CPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the models; the quantiser and the sampling arithmetic stay in float32."""
+
+    def pipeline(self):
+        import torch
+
+        from dcar_fast.pipeline import DCARPipeline
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"device": device, "dtype": getattr(torch, self.dtype)}
+        if self.model in PRESETS:
+            return DCARPipeline.from_preset(self.model, **options)
+        return DCARPipeline.from_pretrained(self.model, **options)
+
+
+@dataclass(kw_only=True)
+class Sample(_ModelCommand):
+    """Draw one image per prompt."""
+
+    prompts: Positional[tuple[str, ...]]
+    """What to draw; several prompts give NAME-0.png, NAME-1.png, ..."""
+    output: Output = Path("sample.png")
+    """PNG to write."""
+    seed: int | None = None
+    """Image b uses seed + b; drawn at random if left out, and written into the PNG."""
+    height: int | None = None
+    """Pixels, a multiple of the compression; by default the model's own size."""
+    width: int | None = None
+    """The same for the width."""
+    batch_size: int = 8
+    """Prompts sampled together."""
+    sampling: Sampling = field(default_factory=SamplingConfig)
+
+    def run(self) -> None:
+        paths = _outputs(self.output, len(self.prompts))
+        pipeline = self.pipeline()
+        images = pipeline(
+            list(self.prompts),
+            seed=self.seed,
+            height=self.height,
+            width=self.width,
+            batch_size=self.batch_size,
+            **asdict(self.sampling),
+        )
+        _save(images, paths)
+
+
+@dataclass(kw_only=True)
+class Reconstruct(_ModelCommand):
+    """Send an image through the tokenizer and back."""
+
+    image: Positional[Path]
+    """Image to read."""
+    output: Output = Path("reconstruction.png")
+    mode: Literal["hybrid", "discrete"] = "hybrid"
+    """With the residuals, or from the codes alone."""
+    pad: bool = False
+    """Repeat the edges up to the next multiple of the compression, and cut them off again."""
+
+    def run(self) -> None:
+        image, paths = _open(self.image), _outputs(self.output, 1)
+        _save([self.pipeline().reconstruct(image, self.mode, pad=self.pad)], paths)
+
+
+@dataclass(kw_only=True)
+class Inpaint(_ModelCommand):
+    """Repaint the white part of a mask after a prompt."""
+
+    image: Positional[Path]
+    """Image to read."""
+    mask: Positional[Path]
+    """Mask of the same size, white where the image is repainted."""
+    prompt: Positional[str]
+    """What to draw there."""
+    output: Output = Path("inpainted.png")
+    seed: int | None = None
+    pad: bool = False
+    """Repeat the edges up to the next multiple of the compression, and cut them off again."""
+    paste: bool = False
+    """Put the original pixels back outside the mask."""
+    sampling: Sampling = field(default_factory=SamplingConfig)
+
+    def run(self) -> None:
+        image, mask, paths = _open(self.image), _open(self.mask), _outputs(self.output, 1)
+        options = {"seed": self.seed, "pad": self.pad, "paste": self.paste, **asdict(self.sampling)}
+        _save([self.pipeline().inpaint(image, mask, self.prompt, **options)], paths)
+
+
+@dataclass(kw_only=True)
+class Variation(_ModelCommand):
+    """Sample a share of an image's tokens anew."""
+
+    image: Positional[Path]
+    """Image to read."""
+    prompt: Positional[str]
+    """What the image shows."""
+    output: Output = Path("variation.png")
+    strength: float = 0.5
+    """Share of the tokens, 0..1."""
+    seed: int | None = None
+    pad: bool = False
+    """Repeat the edges up to the next multiple of the compression, and cut them off again."""
+    sampling: Sampling = field(default_factory=SamplingConfig)
+
+    def run(self) -> None:
+        image, paths = _open(self.image), _outputs(self.output, 1)
+        options = {"seed": self.seed, "pad": self.pad, **asdict(self.sampling)}
+        _save([self.pipeline().variation(image, self.prompt, self.strength, **options)], paths)
+
+
+@dataclass(kw_only=True)
+class Convert:
+    """Turn the released checkpoints into one of our folders (config.json and safetensors)."""
+
+    generator: Path
+    """pytorch_model.bin of the released generator, or a folder with it."""
+    tokenizer: Path
+    """Folder of the released DC-HT tokenizer."""
+    output: Output
+    """Folder to write."""
+    text_encoder: str = "google-t5/t5-base"
+    """Folder or hub id of the T5 encoder."""
+
+    def run(self) -> None:
+        from dcar_fast.pipeline import DCARPipeline
+
+        pipeline = DCARPipeline.from_official(self.generator, self.tokenizer, self.text_encoder)
+        pipeline.save_pretrained(self.output)
+        print(f"wrote {self.output}")
+
+
+@dataclass(kw_only=True)
+class Doctor:
+    """Print what is installed, and for every op and backend whether it will be used here and why not."""
+
+    device: str = "auto"
+
+    def run(self) -> None:
+        from dcar_fast.doctor import report
+
+        print(report(self.device))
+
+
+Command = Union[  # noqa: UP007 - tyro takes the annotated alternatives from it
+    Annotated[Sample, subcommand("sample")],
+    Annotated[Reconstruct, subcommand("reconstruct")],
+    Annotated[Inpaint, subcommand("inpaint")],
+    Annotated[Variation, subcommand("variation")],
+    Annotated[Convert, subcommand("convert")],
+    Annotated[Doctor, subcommand("doctor")],
+]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point of ``dcar-fast``; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        tyro.cli(Command, prog="dcar-fast", description=DESCRIPTION, args=args).run()
+    except ValueError as error:
+        print(f"dcar-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dcar-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _open(path: Path):
+    from dcar_fast.images import open_image
+
+    return open_image(path)
+
+
+def _outputs(output: Path, count: int) -> list[Path]:
+    """The PNG files to write, checked to be writable before any work is done."""
+    from dcar_fast._files import check_writable
+
+    if count < 1:
+        raise ValueError("prompts must hold at least one string, got an empty list")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"output must end in .png (the settings are stored in it), got {str(output)!r}")
+    check_writable(output)
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+
+
+def _save(images, paths: list[Path]) -> None:
+    from dcar_fast.images import save_png
+
+    for image, path in zip(images, paths, strict=True):
+        save_png(image, path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

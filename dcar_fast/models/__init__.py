@@ -1,0 +1,1 @@
+"""DC-AR in plain PyTorch: the truth every faster path is held against."""

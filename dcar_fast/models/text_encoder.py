@@ -1,0 +1,116 @@
+"""Text encoders: a T5 encoder as the released model calls it, or a small one on bytes that ships in our checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcar_fast.config import TextEncoderConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """states (B, T, Dt) and mask (B, T) bool (True = a token of the prompt); T is the batch's longest prompt."""
+
+    states: Tensor
+    mask: Tensor
+
+
+class TextEncoder(nn.Module):
+    """Prompts -> last hidden states of a T5 encoder.
+
+    With ``config.attend_pads`` (released behaviour) prompts are padded to ``max_length`` and T5 sees no attention mask:
+    pads are attended inside T5, so all positions must be computed. Without it pads are masked and not even computed.
+    Either way the states are cut to the longest prompt of the batch: positions outside the mask are never looked at.
+    """
+
+    def __init__(self, config: TextEncoderConfig | None = None, tokenizer: Any = None) -> None:
+        """tokenizer: a transformers tokenizer; needed for "t5", made here for "bytes" (ByT5 needs no files)."""
+        from transformers import T5Config, T5EncoderModel
+
+        super().__init__()
+        self.config = c = config or TextEncoderConfig()
+        if tokenizer is None:
+            if c.tokenizer != "bytes":
+                raise ValueError("tokenizer is needed for a TextEncoder with T5's own vocabulary")
+            from transformers import ByT5Tokenizer
+
+            tokenizer = ByT5Tokenizer()
+        self.tokenizer = tokenizer
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=c.vocab_size,
+                d_model=c.d_model,
+                d_kv=c.d_kv,
+                d_ff=c.d_ff,
+                num_layers=c.num_layers,
+                num_heads=c.num_heads,
+                feed_forward_proj=c.feed_forward_proj,
+            )
+        ).eval()
+
+    @classmethod
+    def from_t5(cls, folder_or_hub_id: str | Path = "google-t5/t5-base", max_length: int = 300) -> TextEncoder:
+        """The released text encoder: a T5 encoder and its tokenizer, read by transformers."""
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        source = str(folder_or_hub_id)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            t5 = T5EncoderModel.from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text encoder: {source!r} holds no T5 encoder and tokenizer ({error})") from error
+        names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
+        sizes = {name: getattr(t5.config, name) for name in names}
+        encoder = cls(TextEncoderConfig("t5", max_length, attend_pads=True, **sizes), tokenizer)
+        encoder.t5 = t5.eval()
+        return encoder
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, max_length) int64 and mask (B, max_length) bool, on the CPU.
+
+        Longer prompts are cut to ``max_length`` tokens (the end mark stays) with a warning. ``ValueError`` for an empty
+        list and for anything but strings, see :func:`check_prompts`.
+        """
+        check_prompts(prompts)
+        length = self.config.max_length
+        untruncated = self.tokenizer(list(prompts), verbose=False).input_ids
+        for i, tokens in enumerate(untruncated):
+            if len(tokens) > length:
+                log.warning("prompts[%d] has %d tokens and is cut to %d: %.60r...", i, len(tokens), length, prompts[i])
+        encoded = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        return encoded.input_ids, encoded.input_ids != self.tokenizer.pad_token_id
+
+    def forward(self, prompts: Sequence[str]) -> TextStates:
+        """Prompts (B strings) -> TextStates on the encoder's device and in its dtype."""
+        ids, mask = self.tokenize(prompts)
+        longest = int(mask.sum(dim=1).max())  # on the CPU: no synchronisation
+        device = self.t5.shared.weight.device
+        if self.config.attend_pads:
+            # transformers takes "no mask" for "attend everywhere", which is what the released model relies on
+            states = self.t5(input_ids=ids.to(device)).last_hidden_state[:, :longest]
+        else:
+            ids, attended = ids[:, :longest].to(device), mask[:, :longest].to(device)
+            states = self.t5(input_ids=ids, attention_mask=attended.long()).last_hidden_state
+        return TextStates(states, mask[:, :longest].to(device))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """``ValueError`` unless ``prompts`` is a sequence of at least one string."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a list of strings, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one string, got an empty list")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts[{i}] must be a string, got {type(prompt).__name__}")

@@ -1,0 +1,1 @@
+"""The operations in plain PyTorch, one file each: the truth that every kernel is tested against, and the fallback."""

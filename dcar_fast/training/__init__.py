@@ -1,0 +1,1 @@
+"""Training losses; they use the plain models."""
