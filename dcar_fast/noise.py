@@ -90,6 +90,18 @@ class TokenNoise:
         return out
 
 
+@dataclass(frozen=True)
+class NoiseShape:
+    """What one run draws: B images of N tokens, V codes, C channels, S unmasking steps, K denoising steps."""
+
+    batch: int
+    num_tokens: int
+    codebook_size: int
+    latent_channels: int
+    steps: int
+    denoising_steps: int
+
+
 class Noise(ABC):
     """What a sampler draws. Uniforms lie in (0, 1); latents are standard normal; everything is float32."""
 
@@ -108,6 +120,9 @@ class Noise(ABC):
     @abstractmethod
     def latent(self, i: int) -> Tensor:
         """Normals (B, N, C) of the i-th denoising step in drawing order (i = 0 is the largest timestep)."""
+
+    def check(self, shape: NoiseShape) -> None:
+        """``ValueError`` if this noise cannot serve a run of this shape; samplers ask before any work."""
 
 
 class CounterNoise(Noise):
@@ -138,6 +153,12 @@ class CounterNoise(Noise):
     def latent(self, i: int) -> Tensor:
         return self._draw(normal, self.latent_channels, i, STREAM_LATENT)
 
+    def check(self, shape: NoiseShape) -> None:
+        ours = (len(self.seeds), len(self.tokens), self.codebook_size, self.latent_channels)
+        wanted = (shape.batch, shape.num_tokens, shape.codebook_size, shape.latent_channels)
+        if ours != wanted:
+            raise ValueError(f"noise: CounterNoise is for (B, N, V, C) = {ours}, the run needs {wanted}")
+
     def _draw(self, draw, elements: int, step: int, stream: int) -> Tensor:
         return torch.stack([draw(seed, self.tokens, elements, step, stream) for seed in self.seeds])
 
@@ -167,6 +188,21 @@ class RecordedNoise(Noise):
 
     def latent(self, i: int) -> Tensor:
         return self._get("latent", i)
+
+    def check(self, shape: NoiseShape) -> None:
+        rows = (shape.batch, shape.num_tokens)
+        latent = (*rows, shape.latent_channels)
+        needed = {
+            "token": (shape.steps, (*rows, shape.codebook_size)),
+            "confidence": (shape.steps - 1, rows),  # the last step masks nothing
+            "latent": (shape.denoising_steps, latent),
+        }
+        for name, (count, size) in needed.items():
+            recorded = self._lists[name]
+            if len(recorded) < count:
+                raise ValueError(f"noise: RecordedNoise holds {len(recorded)} draws of {name}, the run needs {count}")
+            _check_draws(name, recorded[:count], size)
+        _check_draws("latent_init", [self._latent_init], latent)
 
     def _get(self, name: str, index: int) -> Tensor:
         recorded = self._lists[name]
@@ -207,6 +243,13 @@ class TorchNoise(Noise):
         return torch.randn(*self._shape, self._channels, **self._options)
 
 
+def _check_draws(name: str, draws: Sequence[Tensor], size: tuple[int, ...]) -> None:
+    for i, draw in enumerate(draws):
+        if not isinstance(draw, Tensor) or tuple(draw.shape) != size or not draw.is_floating_point():
+            came = f"{tuple(draw.shape)} {draw.dtype}" if isinstance(draw, Tensor) else type(draw).__name__
+            raise ValueError(f"noise: {name} draw {i} must be {size} and floating point, got {came}")
+
+
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     """The seeds as a list of ints; ``ValueError`` unless each is an integer with 0 <= seed < 2^63."""
     checked = list(seeds)
@@ -216,23 +259,24 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     return checked
 
 
-def make_noise(
-    noise: int | Sequence[int] | Noise,
-    batch: int,
-    *,
-    num_tokens: int,
-    codebook_size: int,
-    latent_channels: int,
-    device: torch.device | str,
-) -> Noise:
-    """What the samplers accept: a :class:`Noise`, one seed (image b uses seed + b) or one seed per image."""
-    if isinstance(noise, Noise):
-        return noise
-    if isinstance(noise, int) and not isinstance(noise, bool):
-        noise = [noise + b for b in range(batch)]
-    if not isinstance(noise, Sequence) or isinstance(noise, (str, bytes)):
-        raise ValueError(f"noise must be a seed, a list of seeds or a Noise, got {type(noise).__name__}")
-    if len(noise) != batch:
-        raise ValueError(f"noise: {len(noise)} seeds came for a batch of {batch}")
-    sizes = {"num_tokens": num_tokens, "codebook_size": codebook_size, "latent_channels": latent_channels}
-    return CounterNoise(noise, **sizes, device=device)
+def make_noise(noise: int | Sequence[int] | Noise, shape: NoiseShape, device: torch.device | str) -> Noise:
+    """What the samplers accept: a :class:`Noise`, one seed (image b uses seed + b) or one seed per image.
+
+    ``ValueError`` for anything else and for a Noise that cannot serve ``shape``.
+    """
+    if not isinstance(noise, Noise):
+        if isinstance(noise, int) and not isinstance(noise, bool):
+            noise = [noise + b for b in range(shape.batch)]
+        if not isinstance(noise, Sequence) or isinstance(noise, (str, bytes)):
+            raise ValueError(f"noise must be a seed, a list of seeds or a Noise, got {type(noise).__name__}")
+        if len(noise) != shape.batch:
+            raise ValueError(f"noise: {len(noise)} seeds came for a batch of {shape.batch}")
+        noise = CounterNoise(
+            noise,
+            num_tokens=shape.num_tokens,
+            codebook_size=shape.codebook_size,
+            latent_channels=shape.latent_channels,
+            device=device,
+        )
+    noise.check(shape)
+    return noise

@@ -11,7 +11,7 @@ from dcar_fast.config import SamplingConfig
 from dcar_fast.models._checks import check_tensor
 from dcar_fast.models.dcar import DCAR, Output, check_grid, check_text
 from dcar_fast.models.diffusion_head import Dialect, sample_rows
-from dcar_fast.noise import Noise, make_noise
+from dcar_fast.noise import Noise, NoiseShape, make_noise
 from dcar_fast.profiling import stage
 from dcar_fast.reference.diffusion import diffusion_schedule
 from dcar_fast.reference.remask import remask
@@ -74,6 +74,8 @@ class _Run:
         c = model.config
         check_text(text_states, text_mask, None, c)
         self.batch = text_states.shape[0]
+        if not self.batch:
+            raise ValueError("text_states must hold at least one row, got an empty batch")
         if known is not None:
             known.check(c, self.batch)
         if grid is None:
@@ -86,15 +88,17 @@ class _Run:
         device = model.token_embedding.weight.device
         self.model, self.config, self.known, self.progress = model, config, known, progress
         self.text = text_states.to(device), text_mask.to(device)
-        self.noise = make_noise(
-            noise,
-            self.batch,
+        self.num_tokens, self.device = tokens, device
+        self.schedule = diffusion_schedule(c.head_steps)
+        draws = NoiseShape(
+            batch=self.batch,
             num_tokens=tokens,
             codebook_size=c.codebook_size,
             latent_channels=c.latent_channels,
-            device=device,
+            steps=config.num_steps,
+            denoising_steps=self.schedule.num_steps,
         )
-        self.num_tokens, self.device = tokens, device
+        self.noise = make_noise(noise, draws, device)
         self.plan = plan(config)
         self.head_scale = head_guidance(config)
         self.head_guided = self.head_scale != 1.0
@@ -149,7 +153,7 @@ class _Run:
     def denoise(self, hidden: Tensor) -> Tensor:
         """Residuals (B, N, C) from the last forward's hidden states, [cond; uncond] rows if the head is guided."""
         c = self.model.config
-        schedule = diffusion_schedule(c.head_steps)
+        schedule = self.schedule
         condition = hidden if self.head_guided else hidden[: self.batch]
 
         def report(i: int) -> None:

@@ -1,0 +1,38 @@
+"""Argument checks of the ops: every ValueError names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> None:
+    """``value`` must be a tensor of this shape; a string in ``shape`` stands for any size and is its name."""
+    wanted = f"({', '.join(map(str, shape))})"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, allowed is a tensor {wanted}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is {wanted}")
+
+
+def check_floating(name: str, value: torch.Tensor) -> None:
+    if not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype}, allowed are floating-point types")
+
+
+def check_codebook(codebook: object, channels: int | str = "C") -> None:
+    """(V, C) with at least one code of at least one channel, floating point."""
+    check_tensor("codebook", codebook, ("V", channels))
+    assert isinstance(codebook, torch.Tensor)
+    check_floating("codebook", codebook)
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook has shape {tuple(codebook.shape)}, allowed is (V, C) with V and C at least 1")
+
+
+def check_same_device(first: str, one: torch.Tensor, second: str, other: torch.Tensor) -> None:
+    if one.device != other.device:
+        raise ValueError(f"{second} is on {other.device}, allowed is the device of {first}, {one.device}")

@@ -1,0 +1,131 @@
+"""The command line, called in process; one test runs the installed command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcar_fast.cli import main
+
+SIZE = (64, 64)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "in.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_sample_writes_prompt_seed_and_settings(tmp_path, capsys):
+    out = tmp_path / "new folder" / "a.png"
+    assert main(["sample", "a red circle", "-o", str(out), "--seed", "3", "--num-steps", "2"]) == 0
+    captured = capsys.readouterr()
+    assert f"wrote {out}" in captured.out
+    with Image.open(out) as image:
+        assert image.size == SIZE
+        assert image.text["prompt"] == "a red circle" and image.text["seed"] == "3"
+        assert json.loads(image.text["settings"])["num_steps"] == 2
+
+
+def test_several_prompts_are_numbered_and_reproducible(tmp_path):
+    out = tmp_path / "a.png"
+    assert main(["sample", "one", "two", "-o", str(out), "--seed", "5", "--num-steps", "2"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
+    assert main(["sample", "two", "-o", str(out), "--seed", "6", "--num-steps", "2"]) == 0
+    second, alone = (np.array(Image.open(p)).astype(int) for p in (tmp_path / "a-1.png", out))
+    assert np.abs(second - alone).max() <= 1
+
+
+def test_reconstruct_inpaint_variation(tmp_path, picture):
+    mask = tmp_path / "mask.png"
+    Image.new("L", SIZE, 255).save(mask)
+    out = tmp_path / "out.png"
+    common = ["-o", str(out), "--seed", "1", "--num-steps", "2"]
+    for command in (
+        ["reconstruct", str(picture), "-o", str(out)],
+        ["reconstruct", str(picture), "--mode", "discrete", "-o", str(out)],
+        ["inpaint", str(picture), str(mask), "a hole", *common],
+        ["inpaint", str(picture), str(mask), "a hole", "--paste", *common],
+        ["variation", str(picture), "other", "--strength", "0.3", *common],
+    ):
+        out.unlink(missing_ok=True)
+        assert main(command) == 0
+        assert Image.open(out).size == SIZE
+
+
+def test_saved_model_folder(tmp_path, picture):
+    from dcar_fast import DCARPipeline
+
+    DCARPipeline.from_preset("shapes", seed=9).save_pretrained(tmp_path / "model")
+    out = tmp_path / "r.png"
+    assert main(["reconstruct", str(picture), "--model", str(tmp_path / "model"), "-o", str(out)]) == 0
+    assert out.exists()
+
+
+BAD = [
+    (["sample", "x", "--height", "500", "--width", "512"], "height must be a multiple of 8"),
+    (["sample", "x", "--guidance-scale", "nan"], "guidance_scale must be a finite number >= 0"),
+    (["sample", "x", "--guidance-scale", "-2"], "guidance_scale must be"),
+    (["sample", "x", "--num-steps", "0"], "num_steps must be 1..256"),
+    (["sample", "x", "--num-steps", "300"], "num_steps must be 1..256"),
+    (["sample", "x", "--seed", "-1"], "seed"),
+    (["sample", "x", "-o", "x.jpg"], "output must end in .png"),
+    (["sample", "x", "-o", "/proc/nowhere/x.png"], "cannot be written"),
+    (["sample", "x", "--model", "/no/such/folder"], "neither a folder nor a reachable hub repository"),
+    (["sample", "x", "--device", "cuda:99"], "device cuda:99 cannot be used"),
+    (["sample"], "empty list"),
+    (["reconstruct", "/no/such/picture.png"], "no readable image"),
+    (["convert", "--generator", "/no/a.bin", "--tokenizer", "/no/b", "-o", "/tmp/x"], "/no/a.bin does not exist"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=[" ".join(args)[:50] for args, _ in BAD])
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("dcar-fast: error:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.glob("*.png")), "nothing is left behind"
+
+
+def test_mask_of_another_size(tmp_path, picture, capsys):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (64, 32)).save(mask)
+    assert main(["inpaint", str(picture), str(mask), "x", "-o", str(tmp_path / "o.png")]) == 2
+    assert "mask must be as large as the image" in capsys.readouterr().err
+
+
+def test_odd_pictures_need_pad(tmp_path, capsys):
+    Image.new("RGB", (30, 21), "blue").save(tmp_path / "odd.png")
+    args = ["reconstruct", str(tmp_path / "odd.png"), "-o", str(tmp_path / "o.png")]
+    assert main(args) == 2
+    assert "sides must be multiples of 8, got 30 x 21" in capsys.readouterr().err
+    assert main([*args, "--pad"]) == 0
+    assert Image.open(tmp_path / "o.png").size == (30, 21)
+
+
+def test_doctor_names_every_op_and_backend(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "vq_lookup", "add_residual", "native", "triton", "cuda", "reference"):
+        assert word in out
+    assert main(["doctor", "--device", "cuda:99"]) == 2
+
+
+def test_the_module_runs_as_a_command(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "dcar_fast.cli", "sample", "--num-steps", "0", "x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert result.returncode == 2 and result.stderr.startswith("dcar-fast: error: SamplingConfig.num_steps")
