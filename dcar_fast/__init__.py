@@ -27,6 +27,7 @@ _PUBLIC = {
     "Tokens": "dcar_fast.models.tokenizer",
     "DCAR": "dcar_fast.models.dcar",
     "Output": "dcar_fast.models.dcar",
+    "TextEncoder": "dcar_fast.models.text_encoder",
     "ReferenceSampler": "dcar_fast.sampling",
     "Sample": "dcar_fast.sampling",
     "Known": "dcar_fast.sampling",
@@ -36,13 +37,14 @@ _PUBLIC = {
     "ops": "dcar_fast.ops",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from dcar_fast import ops
     from dcar_fast.checkpoints import load_official_generator, load_official_tokenizer
     from dcar_fast.config import DCARConfig, DCHTConfig, PipelineConfig, SamplingConfig, TextEncoderConfig
     from dcar_fast.models.dcar import DCAR, Output
+    from dcar_fast.models.text_encoder import TextEncoder
     from dcar_fast.models.tokenizer import DCHT, Tokens
     from dcar_fast.noise import CounterNoise, RecordedNoise, TorchNoise
     from dcar_fast.pipeline import DCARPipeline

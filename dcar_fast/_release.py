@@ -79,7 +79,7 @@ def infer_tokenizer_config(state: Mapping[str, Tensor]) -> DCHTConfig:
     """The config that tensors (released names) imply. Activations are invisible in shapes: the released ones are SiLU,
     but ReLU in the decoder's residual stages. The width of an empty stage 0 is unused and takes the default."""
     shape = _Shapes(state, "tokenizer")
-    stages = shape.count(r"^encoder\.stages\.(\d+)\.")
+    stages = shape.count(r"^encoder\.stages\.(\d+)\.", empty={"0"})
     released = DCHTConfig()
     widths, blocks, depths, norms = [], [], {"encoder": [], "decoder": []}, {"encoder": [], "decoder": []}
     for i in range(stages):
@@ -123,8 +123,12 @@ class _Shapes:
             raise ValueError(f"not a released DC-AR {self.kind}: {name!r} is missing or misshapen")
         return self.state[name].shape[axis]
 
-    def count(self, pattern: str) -> int:
-        found = [int(m.group(1)) for m in (re.search(pattern, name) for name in self.state) if m]
+    def count(self, pattern: str, empty: frozenset[str] | set[str] = frozenset()) -> int:
+        """How many different numbers the pattern's group takes, or may leave out because they are empty.
+
+        Not the largest plus one: a stray huge number must not build a huge model before it is found out.
+        """
+        found = {m.group(1) for m in (re.search(pattern, name) for name in self.state) if m}
         if not found:
             raise ValueError(f"not a released DC-AR {self.kind}: it has no tensors like {pattern}")
-        return max(found) + 1
+        return len(found | empty)

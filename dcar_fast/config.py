@@ -7,6 +7,8 @@ Every class checks itself on construction and raises ``ValueError`` naming the f
 from __future__ import annotations
 
 import math
+import re
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -22,7 +24,9 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
-        """Builds the config from JSON values; unknown keys are a ``ValueError``."""
+        """Builds the config from JSON values; anything but a dict of known fields is a ``ValueError``."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} is made from a dict of fields, got {type(values).__name__}")
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
@@ -46,8 +50,19 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_respacing(value: Any) -> bool:
+    """Whether ``value`` keeps at least one of 1000 timesteps and in no section more than there are."""
+    if not isinstance(value, str):
+        return _is_int(value) and 1 <= value <= 1000
+    if not re.fullmatch(r" *[0-9]{1,4} *(, *[0-9]{1,4} *)*", value):
+        return False
+    counts = [int(part) for part in value.split(",")]
+    size, extra = divmod(1000, len(counts))
+    return sum(counts) > 0 and all(count <= size + (i < extra) for i, count in enumerate(counts))
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class DCHTConfig(_Config):
 
     def __post_init__(self) -> None:
         for name in ("widths", "encoder_depths", "decoder_depths", "blocks", "decoder_norms", "decoder_acts"):
+            self._require(name, isinstance(getattr(self, name), (tuple, list)), "a sequence with one entry per stage")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._require_positive_ints("codebook_size", "latent_channels")
         stages = len(self.widths)
@@ -87,16 +103,19 @@ class DCHTConfig(_Config):
             self._require(name, ok, f"{stages} integers, >= 1 except the first, which may be 0")
         for name, allowed in (("blocks", BLOCKS), ("decoder_norms", NORMS), ("decoder_acts", ACTIVATIONS)):
             values = getattr(self, name)
-            self._require(name, len(values) == stages and set(values) <= set(allowed), f"{stages} of {allowed}")
+            self._require(name, len(values) == stages and all(v in allowed for v in values), f"{stages} of {allowed}")
         self._require("encoder_norm", self.encoder_norm in NORMS, f"one of {NORMS}")
         self._require("encoder_act", self.encoder_act in ACTIVATIONS, f"one of {ACTIVATIONS}")
         self._require("l2_normalize", self.l2_normalize is True, "True (DC-HT quantises on the unit sphere)")
         for i, (width, block) in enumerate(zip(self.widths, self.blocks, strict=True)):
             if block == "efficientvit" and width % 32:
                 raise ValueError(f"DCHTConfig.widths[{i}] must be a multiple of the head size 32, got {width}")
-        for i, depth in enumerate(self.encoder_depths[:-1]):
-            outer, inner = self.widths[i], self.widths[i + 1]
-            if (depth or self.decoder_depths[i]) and 4 * outer % inner:
+        self._require(
+            "widths", all(w % 4 == 0 for w in self.widths[1:]), "multiples of 4 (pixel shuffle) from stage 1 on"
+        )
+        for i in range(stages - 1):
+            joined = self.encoder_depths[i] or self.decoder_depths[i]  # an empty stage 0 has no shortcut to stage 1
+            if joined and 4 * self.widths[i] % self.widths[i + 1]:
                 raise ValueError(f"DCHTConfig.widths[{i + 1}] must divide 4 widths[{i}] (shortcuts), got {self.widths}")
         self._require("latent_channels", self.widths[-1] % self.latent_channels == 0, "a divisor of the last width")
 
@@ -141,12 +160,8 @@ class DCARConfig(_Config):
         self._require("hidden_size", self.hidden_size % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         self._require("qk_norm", isinstance(self.qk_norm, bool), "True or False")
         self._require("head_scale", _is_number(self.head_scale) and self.head_scale > 0, "a positive number")
-        if isinstance(self.head_steps, str):
-            parts = self.head_steps.split(",")
-            ok = all(p.strip().isdigit() for p in parts) and sum(map(int, parts)) > 0
-        else:
-            ok = _is_int(self.head_steps) and 1 <= self.head_steps <= 1000
-        self._require("head_steps", ok, "1..1000, or a comma list of steps per section such as '10,0'")
+        allowed = "1..1000, or a comma list of steps per equal section of the 1000, such as '10,0'"
+        self._require("head_steps", _is_respacing(self.head_steps), allowed)
 
 
 @dataclass(frozen=True)
@@ -237,8 +252,8 @@ class PipelineConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PipelineConfig:
         wanted = {"tokenizer": DCHTConfig, "generator": DCARConfig, "text": TextEncoderConfig}
-        if set(values) != set(wanted):
-            raise ValueError(f"PipelineConfig: needs exactly the keys {sorted(wanted)}, got {sorted(values)}")
+        if not isinstance(values, dict) or set(values) != set(wanted):
+            raise ValueError(f"PipelineConfig is made from a dict with the keys {sorted(wanted)}, got {values!r:.80}")
         return cls(**{name: config.from_dict(values[name]) for name, config in wanted.items()})
 
 

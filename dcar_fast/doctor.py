@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "huggingf
 
 
 def report(device: str = "auto") -> str:
-    """The text of ``dcar-fast doctor`` for ``device`` ("auto": a GPU if there is one). ValueError if it is not there."""
+    """The text of ``dcar-fast doctor``; "auto" is a GPU if there is one, ValueError for a device that is missing."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target = check_device(device)

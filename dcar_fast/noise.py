@@ -121,7 +121,7 @@ class Noise(ABC):
     def latent(self, i: int) -> Tensor:
         """Normals (B, N, C) of the i-th denoising step in drawing order (i = 0 is the largest timestep)."""
 
-    def check(self, shape: NoiseShape) -> None:
+    def check(self, shape: NoiseShape) -> None:  # noqa: B027 - optional: what is drawn is checked again
         """``ValueError`` if this noise cannot serve a run of this shape; samplers ask before any work."""
 
 

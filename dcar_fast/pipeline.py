@@ -42,8 +42,9 @@ log = logging.getLogger(__name__)
 class DCARPipeline:
     """Text-to-image, reconstruction, inpainting and variations with one set of models.
 
-    tokenizer, generator, text_encoder: the three models, which must fit together (``ValueError``). trained: whether the
-    weights mean anything; an untrained pipeline says so once.
+    tokenizer, generator, text_encoder: the three models, which must fit together (``ValueError``); they are put into
+    eval mode and the tokenizer gets the fast nearest-code lookup. trained: whether the weights mean anything; an
+    untrained pipeline says so once.
     """
 
     def __init__(self, tokenizer: DCHT, generator: DCAR, text_encoder: TextEncoder, *, trained: bool = True) -> None:
@@ -53,7 +54,7 @@ class DCARPipeline:
         self.trained = trained
         self._announced = trained
         for model in self._models():
-            model.eval().requires_grad_(False)
+            model.eval()
 
     # ---- making one
 
@@ -116,9 +117,14 @@ class DCARPipeline:
         checkpoints.save_folder(folder, parts, self.config, self.trained)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DCARPipeline:
-        """Moves all three models; the quantiser and all sampling arithmetic stay in float32 whatever the dtype."""
-        for model in self._models():
-            model.to(device=device if device is None else check_device(device), dtype=dtype)
+        """Moves all three models; the quantiser and all sampling arithmetic stay in float32 whatever the dtype.
+
+        With float16 the text encoder stays in float32: T5's activations overflow float16.
+        """
+        device = device if device is None else check_device(device)
+        self.tokenizer.to(device, dtype)
+        self.generator.to(device, dtype)
+        self.text_encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
         return self
 
     @property

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from dcar_fast.noise import (
+    STREAM_CHOICE,
     CounterNoise,
     Noise,
+    NoiseShape,
     RecordedNoise,
     TokenNoise,
     TorchNoise,
@@ -20,9 +22,10 @@ from dcar_fast.noise import (
     words_to_uniform,
 )
 
-TOKEN, CONFIDENCE, LATENT_INIT, LATENT, CHOICE = range(5)
+TOKEN, CONFIDENCE, LATENT_INIT, LATENT = range(4)
 SEEDS = (0, 1, 12345, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1)
 SIZES = {"num_tokens": 6, "codebook_size": 10, "latent_channels": 5}
+SHAPE = NoiseShape(batch=3, steps=4, denoising_steps=2, **SIZES)
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
@@ -84,6 +87,7 @@ def test_words_become_uniforms_exactly_and_strictly_inside():
     assert gumbel.isfinite().all(), "no guard is needed around the logarithms"
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("stream", [TOKEN, LATENT])
 def test_uniform_layout(seed, stream):
@@ -94,6 +98,7 @@ def test_uniform_layout(seed, stream):
         assert u[row].tolist() == [expected_uniform(seed, token, e, 11, stream) for e in range(7)]
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_uniform_over_several_blocks_of_work():
     u = uniform(42, torch.arange(37), 16384, 3, TOKEN)
     assert u.shape == (37, 16384)
@@ -116,7 +121,8 @@ def test_prefix_of_any_width(elements):
 def test_normal_is_box_muller_on_word_pairs(seed):
     z = normal(seed, torch.tensor([0, 5]), 6, 4, LATENT)
     expected = torch.tensor(
-        [[expected_normal(seed, token, e, 4, LATENT) for e in range(6)] for token in (0, 5)], dtype=torch.float64
+        [[expected_normal(seed, token, e, 4, LATENT) for e in range(6)] for token in (0, 5)],
+        dtype=torch.float64,
     )
     assert z.dtype == torch.float32
     assert (z.double() - expected).abs().max() < 4e-6
@@ -129,12 +135,17 @@ def test_every_draw_has_its_own_stream():
             for step in (0, 3):
                 u = [expected_uniform(seed, token, e, step, TOKEN) for e in range(10)]
                 assert noise.token(step)[row, token].tolist() == u
-                assert noise.confidence(step)[row, token].item() == expected_uniform(seed, token, 0, step, CONFIDENCE)
+                assert noise.confidence(step)[row, token].item() == expected_uniform(
+                    seed, token, 0, step, CONFIDENCE
+                )
                 z = [expected_normal(seed, token, e, step, LATENT) for e in range(5)]
                 assert noise.latent(step)[row, token].tolist() == pytest.approx(z, abs=4e-6)
             z = [expected_normal(seed, token, e, 0, LATENT_INIT) for e in range(5)]
             assert noise.latent_init()[row, token].tolist() == pytest.approx(z, abs=4e-6)
-            assert noise.choice()[row, token].item() == expected_uniform(seed, token, 0, 0, CHOICE)
+
+
+def test_repainting_has_a_stream_of_its_own():
+    assert STREAM_CHOICE == 4 and STREAM_CHOICE not in (TOKEN, CONFIDENCE, LATENT_INIT, LATENT)
 
 
 def draws(noise: Noise) -> list[torch.Tensor]:
@@ -172,6 +183,7 @@ def test_bad_seeds(seed):
         CounterNoise([seed], **SIZES)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_token_noise_gives_the_rows_of_counter_noise():
     seeds, noise = [11, 2**45 + 3, 12], CounterNoise([11, 2**45 + 3, 12], **SIZES)
     for step in (0, 5):
@@ -183,11 +195,51 @@ def test_token_noise_gives_the_rows_of_counter_noise():
 
 
 def test_make_noise():
-    same = make_noise(40, 3, **SIZES, device="cpu"), make_noise([40, 41, 42], 3, **SIZES, device="cpu")
-    for a, b in zip(*map(draws, same), strict=True):
-        assert torch.equal(a, b)
-    recorded = RecordedNoise([], [], torch.zeros(1), [])
-    assert make_noise(recorded, 3, **SIZES, device="cpu") is recorded
+    same = (
+        make_noise(40, SHAPE, "cpu"),
+        make_noise([40, 41, 42], SHAPE, "cpu"),
+        make_noise((40, 41, 42), SHAPE, "cpu"),
+    )
+    for a, b, c in zip(*map(draws, same), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    counter = CounterNoise([1, 2, 3], **SIZES)
+    assert make_noise(counter, SHAPE, "cpu") is counter
+    recorded = recording()
+    assert make_noise(recorded, SHAPE, "cpu") is recorded
+
+
+def recording(**changes) -> RecordedNoise:
+    draws = {
+        "token": [torch.rand(3, 6, 10)] * 4,
+        "confidence": [torch.rand(3, 6)] * 3,  # none for the last step, which masks nothing
+        "latent_init": torch.randn(3, 6, 5),
+        "latent": [torch.randn(3, 6, 5)] * 2,
+    }
+    return RecordedNoise(**{**draws, **changes})
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (recording(token=[torch.rand(3, 6, 10)] * 3), "3 draws of token, the run needs 4"),
+        (recording(confidence=[torch.rand(3, 6)] * 2), "2 draws of confidence, the run needs 3"),
+        (recording(latent=[torch.rand(3, 6, 5)]), "1 draws of latent, the run needs 2"),
+        (recording(token=[torch.rand(3, 6, 11)] * 4), r"token draw 0 must be \(3, 6, 10\)"),
+        (recording(token=[torch.rand(3, 6, 10)] * 3 + [torch.rand(6, 10)]), "token draw 3"),
+        (recording(confidence=[torch.rand(3, 6, 1)] * 3), "confidence draw 0"),
+        (recording(latent=[torch.zeros(3, 6, 5, dtype=torch.int64)] * 2), "latent draw 0.*floating"),
+        (recording(latent_init=torch.rand(2, 6, 5)), "latent_init"),
+        (recording(latent_init=None), "latent_init.*NoneType"),
+        (CounterNoise([1, 2], **SIZES), r"\(2, 6, 10, 5\).*\(3, 6, 10, 5\)"),
+        (CounterNoise([1, 2, 3], **{**SIZES, "num_tokens": 7}), "7"),
+        (CounterNoise([1, 2, 3], **{**SIZES, "codebook_size": 9}), "9"),
+        (CounterNoise([1, 2, 3], **{**SIZES, "latent_channels": 4}), "4"),
+    ],
+    ids=range(13),
+)
+def test_noise_that_cannot_serve_the_run(noise, message):
+    with pytest.raises(ValueError, match=f"noise.*{message}"):
+        make_noise(noise, SHAPE, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +258,8 @@ def test_make_noise():
     ],
 )
 def test_make_noise_refuses(noise, message):
-    with pytest.raises(ValueError, match=f"noise.*{message}|{message}"):
-        make_noise(noise, 3, **SIZES, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        make_noise(noise, SHAPE, "cpu")
 
 
 def test_recorded_noise_plays_back_in_order():

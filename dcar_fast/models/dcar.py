@@ -34,7 +34,7 @@ class DCAR(nn.Module):
         super().__init__()
         self.config = c = config or DCARConfig()
         self.token_embedding = nn.Embedding(c.codebook_size + 1, c.hidden_size)  # the last row is MASK
-        self.register_buffer("position", sincos_positions(c.hidden_size, *c.grid).clone())
+        self.register_buffer("position", sincos_positions(c.hidden_size, *c.grid))
         self.register_buffer("null_text", torch.randn(c.text_length, c.text_dim) / math.sqrt(c.text_dim))
         self.text_proj = MLP(c.text_dim, c.hidden_size, c.hidden_size)
         self.blocks = nn.ModuleList(
@@ -110,14 +110,15 @@ def check_text(text_states: Tensor, text_mask: Tensor, batch: int | None, config
         raise ValueError(f"text_mask must be bool, got {text_mask.dtype}")
 
 
-def check_grid(grid: tuple[int, int] | None, tokens: int) -> tuple[int, int]:
-    """The (h, w) grid of ``tokens`` positions; None means the square one."""
+def check_grid(grid: tuple[int, int] | None, tokens: int | None) -> tuple[int, int]:
+    """The (h, w) grid of ``tokens`` positions (None: any number); grid None means the square one."""
     if grid is None:
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(f"grid must be given: {tokens} tokens are no square")
         return side, side
-    height, width = grid
-    if height < 1 or width < 1 or height * width != tokens:
-        raise ValueError(f"grid must multiply to {tokens} tokens, got {tuple(grid)}")
-    return int(height), int(width)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"grid must be two positive integers (h, w), got {grid!r}")
+    if tokens is not None and grid[0] * grid[1] != tokens:
+        raise ValueError(f"grid must multiply to {tokens} tokens, got {grid!r}")
+    return grid[0], grid[1]

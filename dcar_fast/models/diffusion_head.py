@@ -145,15 +145,18 @@ def sample_rows(
     x = latent_init.float()
     for i, k in enumerate(reversed(range(schedule.num_steps))):
         noise = latent(i).float()
-        if noise.shape not in ((rows, head.channels), (half, head.channels)):
-            raise ValueError(f"latent({i}) must be ({rows} or {half}, {head.channels}), got {tuple(noise.shape)}")
-        x = x.repeat(noise.shape[0] // x.shape[0], 1)  # the unconditional half joins at the first step
-        fed = x[:half].repeat(rows // half, 1)
+        allowed = {rows, half} if i == 0 else {len(x)}
+        if noise.dim() != 2 or noise.shape[0] not in allowed or noise.shape[1] != head.channels:
+            wanted = " or ".join(map(str, sorted(allowed, reverse=True)))
+            raise ValueError(f"latent({i}) must be ({wanted}, {head.channels}), got {tuple(noise.shape)}")
+        if len(noise) > len(x):
+            x = x.repeat(2, 1)  # the unconditional half is carried along too
+        fed = x[:half].repeat(2, 1) if guided else x
         timesteps = torch.full((rows,), schedule.timesteps[k], device=x.device)
         epsilon, variance = head(fed, timesteps, condition).float().chunk(2, dim=-1)
         if guided:
-            epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance).repeat(rows // half, 1)
-        kept = x.shape[0]
+            epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance).repeat(2, 1)
+        kept = len(x)
         x = denoise_step(
             x, epsilon[:kept], variance[:kept], noise, schedule, k, temperature=temperature, clip=dialect.clip
         )

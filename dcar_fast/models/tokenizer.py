@@ -34,23 +34,24 @@ class DCHT(nn.Module):
         f = self.config.compression
         check_tensor("images", images, (None, 3, None, None), floating=True)
         height, width = images.shape[2:]
-        if height % f or width % f or not height or not width:
-            raise ValueError(f"images: height and width must be positive multiples of {f}, got {height} x {width}")
+        if height % f or width % f or not images.numel():
+            sizes = f"multiples of {f} and there must be at least one image"
+            raise ValueError(f"images: height and width must be {sizes}, got {len(images)} of {height} x {width}")
         return self.quantizer(self.encoder(images.to(self._dtype)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B, C, h, w), float -> images (B, 3, f h, f w) in the decoder's dtype, nominally in [-1, 1]."""
-        check_tensor("latents", latents, (None, self.config.latent_channels, None, None), floating=True)
+        check_tensor("latents", latents, (None, self.config.latent_channels, None, None), floating=True, empty=False)
         return self.decoder(latents.to(self._dtype))
 
     def decode_tokens(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         """ids (B, h, w), or (B, N) with square N; residual (B, N, C) float or None (discrete path) -> images."""
-        if ids.dim() == 2:
+        if isinstance(ids, Tensor) and ids.dim() == 2:
             side = math.isqrt(ids.shape[1])
             if side * side != ids.shape[1]:
                 raise ValueError(f"ids: (B, N) needs a square N, got {tuple(ids.shape)}; pass (B, h, w) instead")
             ids = ids.unflatten(1, (side, side))
-        check_ids("ids", ids, (None, None, None), self.config.codebook_size)
+        check_ids("ids", ids, (None, None, None), self.config.codebook_size, empty=False)
         batch, height, width = ids.shape
         codes = F.embedding(ids, self.quantizer.codes())  # (B, h, w, C)
         if residual is not None:

@@ -1,8 +1,8 @@
 """Chooses the implementation of an op, and can say why.
 
 An op registers its implementations in the order in which "auto" prefers them. What runs is, in this order: the
-``backend`` argument, the environment variable ``DCAR_FAST_BACKEND`` (read here and nowhere else), the first that can run
-on the device of the inputs. A backend that was asked for and cannot run is an error; only "auto" passes over one.
+``backend`` argument, the environment variable ``DCAR_FAST_BACKEND`` (read here and nowhere else), the first that can
+run on the device of the inputs. A backend that was asked for and cannot run is an error; only "auto" passes over one.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def register(op: str, *backends: Backend) -> None:
     _ops[op] = backends
 
 
+def requested() -> str:
+    """The backend that ``DCAR_FAST_BACKEND`` asks for; "auto" where it is unset or empty. Not checked."""
+    return os.environ.get(ENVIRONMENT) or "auto"
+
+
 def choose(op: str, device: torch.device, backend: str | None = None) -> Backend:
     """The implementation of ``op`` for inputs on ``device``.
 
@@ -61,7 +66,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Backend
     """
     origin = "backend"
     if backend is None:
-        backend, origin = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+        backend, origin = requested(), ENVIRONMENT
     if backend == "auto":
         return _automatic(op, device)
     if backend not in BACKENDS:

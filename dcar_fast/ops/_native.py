@@ -18,7 +18,7 @@ def _load() -> tuple[ModuleType | None, str]:
         # After torch, so that both use one OpenMP runtime and its threads.
         return importlib.import_module("dcar_fast._native"), ""
     except ModuleNotFoundError:
-        return None, "dcar_fast._native is not installed: it was built without a C++ compiler or Python headers"
+        return None, "dcar_fast._native was not built: pip builds it where it finds a C++ compiler and Python's headers"
     except ImportError as error:
         return None, f"dcar_fast._native does not load: {error}"
 

@@ -23,8 +23,8 @@ def add_residual(
     float16 or bfloat16. Contiguous. Formula: ``reference/add_residual.py``.
 
     ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together, for ids
-    outside 0..V-1, and for inputs that ask for a gradient, because there is none. On a GPU looking at the ids would mean
-    waiting for it: there the kernels turn a token outside the codebook into NaN, and PyTorch's indexing asserts.
+    outside 0..V-1, and for inputs that ask for a gradient, because there is none. On a GPU looking at the ids would
+    mean waiting for it: there the kernels turn a token outside the codebook into NaN, and PyTorch's indexing asserts.
     """
     check_tensor("ids", ids, ("B", "h", "w"))
     if ids.dtype != torch.int64:

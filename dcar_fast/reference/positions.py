@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BASE_SIZE = 16
 
 
-@lru_cache(maxsize=64)
 def sincos_positions(dim: int, height: int, width: int) -> Tensor:
-    """Table (height * width, dim), float32 on the CPU, row-major; ``dim`` a multiple of 4.
+    """Table (height * width, dim), float32 on the CPU, row-major; ``dim`` a multiple of 4. A new tensor every time.
 
     Coordinates are arange(n) / (n / 16) per axis, so every grid covers 0..16. The first dim/2 features encode the
     column, the last dim/2 the row, each [sin | cos] over dim/4 frequencies 10000^(-i / (dim/4)).
     """
     with torch.device("cpu"):
-        quarter = dim // 4
-        frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        return torch.from_numpy(_table(dim, height, width)).clone()
 
-        def axis(n: int) -> Tensor:
-            coordinate = torch.arange(n, dtype=torch.float64) / (n / BASE_SIZE)
-            angle = coordinate[:, None] * frequency  # (n, dim/4)
-            return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (n, dim/2)
 
-        column = axis(width)[None].expand(height, -1, -1)
-        row = axis(height)[:, None].expand(-1, width, -1)
-        return torch.cat((column, row), dim=-1).reshape(height * width, dim).float()
+@lru_cache(maxsize=64)
+def _table(dim: int, height: int, width: int) -> np.ndarray:
+    quarter = dim // 4
+    frequency = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+
+    def axis(n: int) -> np.ndarray:
+        angle = (np.arange(n, dtype=np.float64) / (n / BASE_SIZE))[:, None] * frequency  # (n, dim/4)
+        return np.concatenate((np.sin(angle), np.cos(angle)), axis=-1)  # (n, dim/2)
+
+    column = np.broadcast_to(axis(width)[None], (height, width, dim // 2))
+    row = np.broadcast_to(axis(height)[:, None], (height, width, dim // 2))
+    return np.concatenate((column, row), axis=-1).reshape(height * width, dim).astype(np.float32)

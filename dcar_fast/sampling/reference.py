@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,14 +78,15 @@ class _Run:
         if not self.batch:
             raise ValueError("text_states must hold at least one row, got an empty batch")
         if known is not None:
+            if not isinstance(known, Known):
+                raise ValueError(f"known must be a Known, got {type(known).__name__}")
             known.check(c, self.batch)
-        if grid is None:
-            tokens = c.num_tokens if known is None else known.ids.shape[1]
-        else:
-            tokens = int(grid[0]) * int(grid[1])
+        tokens = c.num_tokens if grid is None else math.prod(check_grid(grid, None))
+        if known is not None and grid is None:
+            tokens = known.ids.shape[1]
+        elif known is not None and known.ids.shape[1] != tokens:
+            raise ValueError(f"known.ids must have {tokens} tokens for grid {grid}, got {known.ids.shape[1]}")
         self.grid = check_grid(grid, tokens)
-        if known is not None and known.ids.shape[1] != tokens:
-            raise ValueError(f"known.ids must have {tokens} tokens for the grid {self.grid}, got {known.ids.shape[1]}")
         device = model.token_embedding.weight.device
         self.model, self.config, self.known, self.progress = model, config, known, progress
         self.text = text_states.to(device), text_mask.to(device)
@@ -142,9 +144,9 @@ class _Run:
         if not last:
             u = self.draw(f"confidence({step.index})", self.noise.confidence(step.index))
             confidence = confidence.view_as(u) + step.tau * gumbel(u)
-            confidence = confidence.masked_fill(~is_open, float("inf"))
-            remasked = remask(ids, confidence, self.counts[step.index], mask_id)
-            ids = torch.where(is_open, remasked, ids)  # even an open token of confidence +inf leaves known ones alone
+            # below +inf even for infinite logits, so that known tokens always rank last
+            confidence = confidence.clamp(max=torch.finfo(torch.float32).max).masked_fill(~is_open, float("inf"))
+            ids = remask(ids, confidence, self.counts[step.index], mask_id)
         self.ids = ids
         if self.progress is not None:
             self.progress("unmask", step.index + 1, self.config.num_steps)

@@ -1,0 +1,134 @@
+"""vq_lookup against what PyTorch offers: every usable backend, cdist + argmin, and matmul + max in blocks.
+
+    python benchmarks/kernels/vq_lookup.py [--rows 4096 --codes 16384 --channels 32] [--rounds 15] [--device cpu]
+
+First every implementation must find the same codes (up to float64 cosines that differ by less than float32 rounding);
+then they are timed in turns. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from _compare import interleave, print_results, summary  # makes dcar_fast importable, so it is first
+from torch import Tensor
+
+from dcar_fast.ops import _native, report, vq_lookup
+from dcar_fast.ops._dispatch import BACKENDS
+
+Lookup = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+BLOCKS = ((256, 16384), (512, 2048), (1024, 1024), (4096, 512))  # rows x codes whose scores exist at a time
+CDIST_ROWS = 512
+
+
+def finish(z: Tensor, codes: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = codes[ids]
+    return ids, chosen, z - chosen
+
+
+def by_cdist(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    z, codes = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+    return finish(z, codes, torch.cat([torch.cdist(rows, codes).argmin(1) for rows in z.split(CDIST_ROWS)]))
+
+
+def by_matmul(rows_per_block: int, codes_per_block: int) -> Lookup:
+    """Scores of a block at a time, their maximum kept with a strict comparison over the blocks of codes."""
+
+    def lookup(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, codes = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+        found = []
+        for rows in z.split(rows_per_block):
+            best, ids = (rows @ codes[:codes_per_block].T).max(1)
+            for start in range(codes_per_block, len(codes), codes_per_block):
+                score, index = (rows @ codes[start : start + codes_per_block].T).max(1)
+                better = score > best
+                best, ids = torch.where(better, score, best), torch.where(better, index + start, ids)
+            found.append(ids)
+        return finish(z, codes, torch.cat(found))
+
+    return lookup
+
+
+def implementations(device: str) -> dict[str, Lookup]:
+    """Name -> function of (z, codebook); for backends that cannot run here the reason is printed."""
+    found: dict[str, Lookup] = {}
+    for name, (usable, reason) in report(device)["vq_lookup"].items():
+        if usable:
+            found[name] = lambda z, codebook, name=name: vq_lookup(z, codebook, backend=name)
+        else:
+            print(f"not measured: {name}: {reason}")
+    found["torch cdist + argmin"] = by_cdist
+    for rows, codes in BLOCKS:
+        found[f"torch matmul + max, {rows} x {codes}"] = by_matmul(rows, codes)
+    return found
+
+
+def check_parity(candidates: dict[str, Lookup], z: Tensor, codebook: Tensor) -> None:
+    """SystemExit unless each finds codes whose float64 cosine is the largest up to rounding, and their residuals."""
+    wide_z, wide_codes = F.normalize(z.double(), dim=1), F.normalize(codebook.double(), dim=1)
+    best = torch.cat([(rows @ wide_codes.T).max(1).values for rows in wide_z.split(512)])
+    for name, lookup in candidates.items():
+        ids, codes, residual = lookup(z, codebook)
+        chosen = wide_codes[ids]
+        lost = (best - (wide_z * chosen).sum(1)).max().item()
+        error = max((codes - chosen).abs().max().item(), (residual - (wide_z - chosen)).abs().max().item())
+        print(f"parity {name}: best cosine missed by {lost:.1e}, values off by {error:.1e}")
+        if lost > 1e-6 or error > 1e-6:
+            sys.exit(f"error: {name} is wrong, nothing was timed")
+
+
+def extra_memory(z: Tensor, codebook: Tensor) -> float | None:
+    """MiB by which the native backend raises the process's peak memory beyond its outputs; None without it."""
+    if not _native.cpu_usable(z.device).ok:
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    outputs = vq_lookup(z, codebook, backend="native")
+    kept = sum(output.numel() * output.element_size() for output in outputs)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 - kept / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=4096, help="(%(default)s)")
+    parser.add_argument("--codes", type=int, default=16384, help="(%(default)s)")
+    parser.add_argument("--channels", type=int, default=32, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads, for all alike (torch's default)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    arguments = parser.parse_args()
+    for name in ("rows", "codes", "channels", "rounds", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    torch.manual_seed(0)
+    z = torch.randn(arguments.rows, arguments.channels, device=arguments.device)
+    codebook = torch.randn(arguments.codes, arguments.channels, device=arguments.device)
+    memory = extra_memory(z, codebook)
+    candidates = implementations(arguments.device)
+    check_parity(candidates, z, codebook)
+    calls = {name: (lambda lookup=lookup: lookup(z, codebook)) for name, lookup in candidates.items()}
+    results = summary(interleave(calls, arguments.rounds, arguments.device))
+
+    torch_best = min((name for name in results if name.startswith("torch")), key=lambda n: results[n]["median_ms"])
+    flop = 2 * arguments.rows * arguments.codes * arguments.channels
+    more = {
+        "fastest_torch": torch_best,
+        "speedup": {n: results[torch_best]["median_ms"] / r["median_ms"] for n, r in results.items() if n in BACKENDS},
+        "gflop_per_s": {name: flop / result["median_ms"] / 1e6 for name, result in results.items()},
+        "native_extra_mib": memory,
+        "cpu_isa": _native.module().cpu_isa() if memory is not None else None,
+    }
+    shape = {name: getattr(arguments, name) for name in ("rows", "codes", "channels", "rounds")}
+    print_results("vq_lookup", arguments.device, shape, results, **more)
+
+
+if __name__ == "__main__":
+    main()
