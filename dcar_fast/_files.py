@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,45 +16,73 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_all_atomically(files: dict[Path, Callable[[Path], None]]) -> None:
-    """The same for several files, renamed only after all of them are written, in the order given."""
-    staged: list[tuple[Path, Path]] = []
+    """The same for several files: all are written before the first is renamed, and renamed in the order given.
+
+    An exception on the way, an interrupt included, puts back what was renamed: all old files or all new ones.
+    """
+    staged: dict[Path, Path] = {}  # final name -> temporary one
+    old: dict[Path, Path] = {}  # final name -> a second name of what was there
     try:
         for path, write in files.items():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-            os.close(handle)
-            temporary = Path(name)
-            staged.append((temporary, path))
-            write(temporary)
-            with open(temporary, "rb+") as file:
+            staged[path] = _temporary(path)
+            write(staged[path])
+            with open(staged[path], "rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-        for temporary, path in staged:
-            try:
-                os.replace(temporary, path)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+            staged[path].chmod(0o666 & ~_umask())
+        for path in files if len(files) > 1 else ():
+            if path.exists():
+                old[path] = _temporary(path)
+                _duplicate(path, old[path])
+        _rename(staged, old)
     finally:
-        for temporary, _ in staged:
+        for temporary in (*staged.values(), *old.values()):
             temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_writable(path: Path) -> None:
     """``ValueError`` unless a file can be made at ``path``; its folder is made if missing."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder")
+    _temporary(path).unlink()
+
+
+def _rename(staged: dict[Path, Path], old: dict[Path, Path]) -> None:
+    renamed: list[Path] = []
+    try:
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+            renamed.append(path)
+    except BaseException as error:
+        for path in renamed:
+            if path in old:
+                os.replace(old[path], path)
+            else:
+                path.unlink()
+        if isinstance(error, OSError):
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    return Path(name)
+
+
+def _duplicate(path: Path, copy: Path) -> None:
+    """``copy`` becomes a second name of the file, or a copy where the file system has no hard links."""
+    copy.unlink()
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -11,46 +11,41 @@ from dcar_fast.config import DCARConfig, DCHTConfig
 
 RELEASED_HEAD_DIM = 72
 
-# (pattern in the released name, replacement), applied in order
+# (pattern in our name, its replacement in the released name), applied in order
 GENERATOR_NAMES = (
-    (r"^pos_embed$", "position"),
-    (r"^x_embedder\.", "token_embedding."),
-    (r"^y_embedder\.y_embedding$", "null_text"),
-    (r"^y_embedder\.y_proj\.", "text_proj."),
-    (r"^(blocks\.\d+)\.attn\.", r"\1.self_attn."),
-    (r"\.cross_attn\.(q|kv)_linear\.", r".cross_attn.\1."),
-    (r"^final_layer\.linear\.", "to_logits."),
-    (r"^diffloss\.net\.", "head."),
+    (r"^position$", "pos_embed"),
+    (r"^token_embedding\.", "x_embedder."),
+    (r"^null_text$", "y_embedder.y_embedding"),
+    (r"^text_proj\.", "y_embedder.y_proj."),
+    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn."),
+    (r"\.cross_attn\.(q|kv)\.", r".cross_attn.\1_linear."),
+    (r"^to_logits\.", "final_layer.linear."),
+    (r"^head\.", "diffloss.net."),
 )
 TOKENIZER_NAMES = (
-    (r"^quantize\.", "quantizer."),
-    (r"^decoder\.project_out\.op_list\.0\.", "decoder.norm."),
-    (r"^decoder\.project_out\.op_list\.2\.conv\.(?!conv\.)", "decoder.project_out."),
-    (r"^decoder\.project_out\.op_list\.2\.", "decoder.project_out."),
-    (r"^encoder\.project_in\.conv\.(?!conv\.)", "encoder.project_in."),
-    (r"^encoder\.project_out\.main\.op_list\.0\.", "encoder.project_out."),
-    (r"\.op_list\.", "."),
-    (r"\.context_module\.main\.proj\.norm\.", ".attention.norm."),
-    (r"\.context_module\.main\.", ".attention."),
-    (r"\.local_module\.main\.point_conv\.norm\.", ".mlp.norm."),
-    (r"\.local_module\.main\.inverted_conv\.", ".mlp.inverted."),
-    (r"\.local_module\.main\.depth_conv\.", ".mlp.depthwise."),
-    (r"\.local_module\.main\.point_conv\.", ".mlp.pointwise."),
-    (r"\.main\.conv2\.norm\.", ".norm."),
-    (r"\.main\.", "."),
-    (r"\.(conv|conv1|conv2|qkv|proj|inverted|depthwise|pointwise)\.conv\.", r".\1."),
+    (r"^quantizer\.", "quantize."),
+    (r"^encoder\.project_in\.", "encoder.project_in.conv."),
+    (r"^encoder\.project_out\.", "encoder.project_out.main.op_list.0."),
+    (r"^decoder\.project_in\.", "decoder.project_in.main."),
+    (r"^decoder\.project_out\.", "decoder.project_out.op_list.2.conv."),
+    (r"^decoder\.norm\.", "decoder.project_out.op_list.0."),
+    (r"\.stages\.(\d+)\.(\d+)\.norm\.", r".stages.\1.\2.main.conv2.norm."),
+    (r"\.stages\.(\d+)\.(\d+)\.(conv1|conv2|conv)\.", r".stages.\1.\2.main.\3.conv."),
+    (r"\.attention\.(qkv|proj)\.", r".context_module.main.\1.conv."),
+    (r"\.attention\.norm\.", ".context_module.main.proj.norm."),
+    (r"\.mlp\.inverted\.", ".local_module.main.inverted_conv.conv."),
+    (r"\.mlp\.depthwise\.", ".local_module.main.depth_conv.conv."),
+    (r"\.mlp\.pointwise\.", ".local_module.main.point_conv.conv."),
+    (r"\.mlp\.norm\.", ".local_module.main.point_conv.norm."),
+    (r"\.stages\.(\d+)\.(\d+)\.", r".stages.\1.op_list.\2."),
 )
 
 
-def translate(names: Iterable[str], table: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Released name -> our name, for every name."""
-    translated = {}
-    for name in names:
-        ours = name
-        for pattern, replacement in table:
-            ours = re.sub(pattern, replacement, ours)
-        translated[name] = ours
-    return translated
+def released_name(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    """The released checkpoint's name of our tensor ``name``."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def infer_generator_config(state: Mapping[str, Tensor]) -> DCARConfig:
@@ -86,7 +81,8 @@ def infer_tokenizer_config(state: Mapping[str, Tensor]) -> DCHTConfig:
         for side in depths:
             names = [n for n in state if n.startswith(f"{side}.stages.{i}.")]
             resampler = any(re.search(r"op_list\.\d+\.main\.conv\.conv\.weight$", n) for n in names)
-            depths[side].append(len({n.split(".")[4] for n in names}) - resampler)
+            blocks_found = {m.group(1) for m in (re.search(r"\.op_list\.(\d+)\.", n) for n in names) if m}
+            depths[side].append(len(blocks_found) - resampler)
             batch_norm = any(n.endswith("running_mean") for n in names) or (not names and i == 0 and side == "decoder")
             norms[side].append("batch_norm" if batch_norm else "layer_norm")
         vit = any(f".stages.{i}.op_list" in n and ".context_module." in n for n in state)

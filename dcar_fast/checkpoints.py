@@ -7,7 +7,6 @@ vocabulary, text_tokenizer/. Only safetensors and ``torch.load(weights_only=True
 from __future__ import annotations
 
 import json
-import pickle
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +24,7 @@ from dcar_fast._release import (
     TOKENIZER_NAMES,
     infer_generator_config,
     infer_tokenizer_config,
-    translate,
+    released_name,
 )
 from dcar_fast.config import DCARConfig, DCHTConfig, PipelineConfig
 from dcar_fast.models.dcar import DCAR
@@ -48,7 +47,7 @@ def load_official_generator(path_or_state_dict: str | Path | State, config: DCAR
     """
     state, source = _read(path_or_state_dict)
     config = config or infer_generator_config(state)
-    return load_translated(DCAR, config, state, translate(state, GENERATOR_NAMES), source).eval()
+    return _load_released(DCAR, config, state, GENERATOR_NAMES, source).eval()
 
 
 def load_official_tokenizer(path_or_state_dict: str | Path | State, config: DCHTConfig | None = None) -> DCHT:
@@ -64,19 +63,20 @@ def load_official_tokenizer(path_or_state_dict: str | Path | State, config: DCHT
             raise ValueError(f"{settings}: model_type is {model_type!r}, a DC-HT tokenizer has 'dc_ht'")
     state, source = _read(path_or_state_dict)
     config = config or infer_tokenizer_config(state)
-    return load_translated(DCHT, config, state, translate(state, TOKENIZER_NAMES), source).eval()
+    return _load_released(DCHT, config, state, TOKENIZER_NAMES, source).eval()
 
 
-def load_translated(kind, config, state: State, names: Mapping[str, str], source: str) -> Any:
-    """A model of class ``kind`` with the tensors of ``state`` under the names that ``names`` translates to."""
+def _load_released(kind, config, state: State, table, source: str) -> Any:
+    """A model of class ``kind`` from released names; it and the messages follow ``table``."""
     with torch.device("meta"):
         model = kind(config)
-    back = {ours: theirs for theirs, ours in names.items()}
-    renamed = {names[name]: tensor for name, tensor in state.items()}
-    expected = model.state_dict()
-    if "position" in expected and "position" in renamed and renamed["position"].dim() == 3:
+    released = {name: released_name(name, table) for name in model.state_dict()}
+    ours = {theirs: name for name, theirs in released.items()}
+    # a name outside the table keeps its own, marked so that it cannot pass for one of ours
+    renamed = {ours.get(name, f"{name} "): tensor for name, tensor in state.items()}
+    if renamed.get("position") is not None and renamed["position"].dim() == 3:
         renamed["position"] = renamed["position"].squeeze(0)  # stored as (1, N, D)
-    load_state(model, renamed, source, lambda name: back.get(name, f"{name} (our name)"))
+    load_state(model, renamed, source, lambda name: released.get(name, name.rstrip()))
     return model
 
 
@@ -129,7 +129,7 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
         raise ValueError(f"{folder / 'config.json'} does not describe a {FORMAT} folder (no format: {FORMAT!r})")
     if settings.get("version") != VERSION:
         raise ValueError(f"{folder}: format version {settings.get('version')!r} is not supported, only {VERSION}")
-    config = PipelineConfig.from_dict({key: settings.get(key, {}) for key in ("tokenizer", "generator", "text")})
+    config = PipelineConfig.from_dict({k: settings[k] for k in ("tokenizer", "generator", "text") if k in settings})
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"tokenizer": DCHT(config.tokenizer), "generator": DCAR(config.generator)}
     parts["text_encoder"] = TextEncoder(config.text, _load_text_tokenizer(folder, config))
@@ -196,10 +196,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read(source: str | Path | State) -> tuple[dict[str, Tensor], str]:
     if isinstance(source, Mapping):
-        not_tensors = [name for name, value in source.items() if not isinstance(value, Tensor)]
-        if not_tensors:
-            raise ValueError(f"state dict: these are no tensors: {_shorten(not_tensors)}")
-        return {name: tensor.detach().clone() for name, tensor in source.items()}, "state dict"
+        state = _check_state(source, "state dict")
+        return {name: tensor.detach().clone() for name, tensor in state.items()}, "state dict"
     path = Path(source)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
@@ -213,11 +211,18 @@ def _read(source: str | Path | State) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"{path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
         raise ValueError(f"{path} is no readable PyTorch checkpoint: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds {type(state).__name__}, not a dict of tensors")
-    return dict(state), str(path)
+    return dict(_check_state(state, str(path))), str(path)
+
+
+def _check_state(state: Any, source: str) -> State:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{source} holds {type(state).__name__}, not a dict of tensors")
+    wrong = [repr(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if wrong:
+        raise ValueError(f"{source} is not a dict of tensors by name: look at {_shorten(wrong)}")
+    return state
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -254,7 +259,10 @@ def _load_text_tokenizer(folder: Path, config: PipelineConfig):
     path = folder / "text_tokenizer"
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever damaged files make transformers raise
+        raise ValueError(f"{path} holds no readable tokenizer: {error}") from error
 
 
 def _shorten(names: list[str], limit: int = 12) -> str:

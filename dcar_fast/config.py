@@ -182,11 +182,17 @@ class TextEncoderConfig(_Config):
     num_layers: int = 12
     num_heads: int = 12
     feed_forward_proj: str = "relu"
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         self._require("tokenizer", self.tokenizer in ("t5", "bytes"), "'t5' or 'bytes'")
         self._require("attend_pads", isinstance(self.attend_pads, bool), "True or False")
         self._require_positive_ints("max_length", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        self._require_positive_ints("relative_attention_num_buckets", "relative_attention_max_distance")
+        epsilon = self.layer_norm_epsilon
+        self._require("layer_norm_epsilon", _is_number(epsilon) and epsilon > 0, "a positive number")
         self._require("feed_forward_proj", self.feed_forward_proj in ("relu", "gated-gelu"), "'relu' or 'gated-gelu'")
         self._require("vocab_size", self.tokenizer == "t5" or self.vocab_size >= 384, ">= 384 for bytes")
 

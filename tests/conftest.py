@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-
 # The models under test are tiny: threads would only wait for each other, and for other processes on a busy machine.
 torch.set_num_threads(1)
 

@@ -1,8 +1,8 @@
 """The formulas of dcar_fast.flops against torch's counter, which watches the real modules under FakeTensorMode.
 
-FLOPs are counted on fake CUDA tensors where torch is built with CUDA (a CPU-only build cannot slice them), and always on
-fake CPU tensors, where attention is the one operation whose formula torch's counter lacks; it is given here. Bytes are
-counted on the CPU alone: elsewhere fake attention writes its scores to memory.
+FLOPs are counted on fake CUDA tensors where torch is built with CUDA (a CPU-only build cannot slice them), and always
+on fake CPU tensors, where attention is the one operation whose formula torch's counter lacks; it is given here. Bytes
+are counted on the CPU alone: elsewhere fake attention writes its scores to memory.
 """
 
 from __future__ import annotations
@@ -94,9 +94,19 @@ def device(request) -> str:
     return request.param
 
 
+def on_device(module: torch.nn.Module, device: str) -> torch.nn.Module:
+    """``Module.to`` for fake parameters, which cannot be swapped."""
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            setattr(part, name, torch.nn.Parameter(fake, requires_grad=False) if is_parameter else fake)
+    return module
+
+
 def states_of(config: TextEncoderConfig, batch: int, length: int, device: str) -> torch.Tensor:
     """What TextEncoder.forward computes for prompts whose longest has ``length`` tokens."""
-    encoder = TextEncoder(config).to(device)
+    encoder = on_device(TextEncoder(config), device)
     if config.attend_pads:
         ids = torch.zeros(batch, config.max_length, dtype=torch.long, device=device)
         return encoder.t5(input_ids=ids).last_hidden_state[:, :length]
@@ -105,7 +115,7 @@ def states_of(config: TextEncoderConfig, batch: int, length: int, device: str) -
 
 
 def sample(config: DCARConfig, sampling: SamplingConfig, batch: int, grid: tuple[int, int], length: int, device: str):
-    model = dcar.DCAR(config).to(device)
+    model = on_device(dcar.DCAR(config), device)
     sizes = {"codebook_size": config.codebook_size, "latent_channels": config.latent_channels}
     noise = TorchNoise(batch, num_tokens=grid[0] * grid[1], **sizes, device=device)
     states = torch.zeros(batch, length, config.text_dim, device=device)
@@ -194,13 +204,14 @@ def test_sampling(name, sampling, grid, device):
 def test_tokenizer(name, height, width, device):
     config, batch = CONFIGS[name].tokenizer, 2
     with counting() as (counter, products):
-        model = tokenizer.DCHT(config).eval().to(device)
+        model = on_device(tokenizer.DCHT(config).eval(), device)
         images = model.decode_tokens(torch.zeros(batch, height, width, dtype=torch.long, device=device))
     ops = flops.decoder(config, batch, height, width)
     assert flops.flops(ops) == pytest.approx(counter.get_total_flops(), rel=0.01)
     check_moved(ops, products, device)
     with counting() as (counter, products):
-        tokenizer.DCHT(config).eval().to(device).encoder(torch.zeros(images.shape, device=device))
+        model = on_device(tokenizer.DCHT(config).eval(), device)
+        model.encoder(torch.zeros(images.shape, device=device))
     ops = flops.encoder(config, batch, height, width)
     assert flops.flops(ops) == pytest.approx(counter.get_total_flops(), rel=0.01)
     check_moved(ops, products, device)

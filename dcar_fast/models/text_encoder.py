@@ -15,6 +15,19 @@ from dcar_fast.config import TextEncoderConfig
 
 log = logging.getLogger(__name__)
 
+T5_FIELDS = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "feed_forward_proj",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+)
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -45,31 +58,27 @@ class TextEncoder(nn.Module):
 
             tokenizer = ByT5Tokenizer()
         self.tokenizer = tokenizer
-        self.t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=c.vocab_size,
-                d_model=c.d_model,
-                d_kv=c.d_kv,
-                d_ff=c.d_ff,
-                num_layers=c.num_layers,
-                num_heads=c.num_heads,
-                feed_forward_proj=c.feed_forward_proj,
-            )
-        ).eval()
+        self.t5 = T5EncoderModel(T5Config(**{name: getattr(c, name) for name in T5_FIELDS})).eval()
 
     @classmethod
     def from_t5(cls, folder_or_hub_id: str | Path = "google-t5/t5-base", max_length: int = 300) -> TextEncoder:
         """The released text encoder: a T5 encoder and its tokenizer, read by transformers."""
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
         source = str(folder_or_hub_id)
         try:
+            settings = AutoConfig.from_pretrained(source)
+            if settings.model_type != "t5":
+                raise ValueError(f"its model_type is {settings.model_type!r}")
             tokenizer = AutoTokenizer.from_pretrained(source)
-            t5 = T5EncoderModel.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            if tokenizer.unk_token_id in tokenizer("a").input_ids:  # what is made up without a vocabulary file
+                raise ValueError("its tokenizer knows no letters: tokenizer.json or spiece.model is missing")
+            t5, found = T5EncoderModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"missing tensors: {sorted(found['missing_keys'])}")
+        except Exception as error:  # whatever missing, damaged or foreign files make transformers raise
             raise ValueError(f"text encoder: {source!r} holds no T5 encoder and tokenizer ({error})") from error
-        names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
-        sizes = {name: getattr(t5.config, name) for name in names}
+        sizes = {name: getattr(t5.config, name) for name in T5_FIELDS}
         encoder = cls(TextEncoderConfig("t5", max_length, attend_pads=True, **sizes), tokenizer)
         encoder.t5 = t5.eval()
         return encoder
@@ -94,7 +103,8 @@ class TextEncoder(nn.Module):
     def forward(self, prompts: Sequence[str]) -> TextStates:
         """Prompts (B strings) -> TextStates on the encoder's device and in its dtype."""
         ids, mask = self.tokenize(prompts)
-        longest = int(mask.sum(dim=1).max())  # on the CPU: no synchronisation
+        last = torch.arange(1, mask.shape[1] + 1) * mask  # a pad may also be written inside a prompt
+        longest = max(int(last.max()), 1)  # on the CPU: no synchronisation
         device = self.t5.shared.weight.device
         if self.config.attend_pads:
             # transformers takes "no mask" for "attend everywhere", which is what the released model relies on
@@ -114,3 +124,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompts[{i}] must be a string, got {type(prompt).__name__}")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts[{i}] is no Unicode text: {error.reason}") from error

@@ -90,6 +90,7 @@ def _run_triton(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: t
         return kernel(ids, codebook, residual, dtype)
 
 
+# Triton before its CUDA twin: no measurement on a GPU says that the twin is faster.
 register(
     "add_residual",
     Backend("triton", _run_triton, triton_usable),

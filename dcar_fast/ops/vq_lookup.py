@@ -11,7 +11,6 @@ from dcar_fast.ops._dispatch import Backend, choose, everywhere, register
 from dcar_fast.reference import vq_lookup as reference
 
 
-@torch.no_grad()
 def vq_lookup(z: Tensor, codebook: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Looks up the rows of z (M, C) in codebook (V, C); any floating dtype, both on one device, M may be 0.
 

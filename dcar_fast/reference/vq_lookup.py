@@ -25,20 +25,19 @@ def vq_lookup(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     id 0, and a residual of NaN. No gradient flows: a quantiser adds its own straight-through estimator.
     """
     dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
-    with torch.autocast(z.device.type, enabled=False):
-        rows = F.normalize(z.to(dtype), dim=1)  # (M, C)
-        normalised = F.normalize(codebook.to(dtype), dim=1)  # (V, C)
-        channels = normalised.T.contiguous()  # (C, V)
-        ids = torch.cat([nearest(block, channels) for block in rows.split(max(1, SCORES_PER_BLOCK // len(codebook)))])
-        codes = normalised[ids]
-        return ids, codes, rows - codes
+    rows = F.normalize(z.to(dtype), dim=1)  # (M, C)
+    normalised = F.normalize(codebook.to(dtype), dim=1)  # (V, C)
+    channels = normalised.T.contiguous()  # (C, V)
+    ids = torch.cat([nearest(block, channels) for block in rows.split(max(1, SCORES_PER_BLOCK // len(codebook)))])
+    codes = normalised[ids]  # (M, C)
+    return ids, codes, rows - codes
 
 
 def nearest(rows: Tensor, channels: Tensor) -> Tensor:
     """Ids (m,) of the codes, given as columns of ``channels`` (C, V), with the largest product with ``rows`` (m, C).
 
-    A channel at a time rather than as a matrix product, which may sum the channels of different codes in different
-    orders: equal codes would then differ in the last bit and the lowest index would lose its tie.
+    A channel at a time rather than as a matrix product: that obeys autocast and TF32, and it may sum the channels of
+    different codes in different orders, so that equal codes differ in the last bit and the lowest loses its tie.
     """
     scores = rows.new_zeros(rows.shape[0], channels.shape[1])  # (m, V)
     for c in range(channels.shape[0]):
