@@ -142,7 +142,7 @@ def parse(benchmark: str, batch: int, description: str, arguments: Sequence[str]
         metavar="ROW",
         help="eager[-DTYPE] and compile[-DTYPE][:MODE] with DTYPE in float32 (eager: what the released code runs), "
         f"bfloat16, float16 and MODE in {', '.join(COMPILE_MODES)}; "
-        "default: eager-float32 eager-bfloat16, on a GPU also compile-bfloat16, for shapes also compile-float32",
+        "default: eager-float32 eager-bfloat16, on a GPU also compile-bfloat16",
     )
     parser.add_argument(
         "--compile-mode", choices=COMPILE_MODES, help="for compile rows without :MODE (GPU: max-autotune, CPU: default)"
@@ -191,14 +191,14 @@ def choose_rows(parser: argparse.ArgumentParser, args: argparse.Namespace, devic
 
     default_mode = "default" if device == "cpu" else "max-autotune"
     names = args.rows
-    if names is None and args.dtype is not None:
-        names = ["eager", "compile"] if device != "cpu" or args.preset == "shapes" else ["eager"]
-    elif names is None:
-        names = ["eager-float32", "eager-bfloat16"]
+    if names is None:
+        names = ["eager-float32", "eager-bfloat16"] if args.dtype is None else ["eager"]
         if device != "cpu":
-            names.append("compile-bfloat16")
-        elif args.preset == "shapes":
-            names.append("compile-float32")
+            names.append(f"compile-{args.dtype or 'bfloat16'}")
+        else:
+            note(
+                "torch.compile takes minutes on a CPU: name a row for it, such as --rows eager-float32 compile-float32"
+            )
     rows = []
     for name in names:
         base, colon, mode = name.partition(":")

@@ -46,10 +46,15 @@ def extract(folder: Path) -> Path:
     return folder / "site"
 
 
+# An editable install of this environment would supply from the checkout whatever the wheel lacks.
+NO_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')];"
+
+
 def run_in(site: Path, code: str, cwd: Path) -> str:
     """Runs Python with ``site`` in front of its path, away from the checkout."""
+    command = [sys.executable, "-c", NO_EDITABLE + code]
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -212,6 +212,11 @@ def test_batch_norm_uses_the_batch_in_training_and_its_record_otherwise():
     assert error(after, expected) > 1e-6, "the record has moved"
 
 
+def test_epsilon_of_every_norm():
+    norms = [m for m in tokenizer().modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.BatchNorm2d))]
+    assert len(norms) == 17 and {m.eps for m in norms} == {1e-5}
+
+
 # Layers, written out
 
 

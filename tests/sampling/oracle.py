@@ -1,4 +1,4 @@
-"""The sampler once more, written independently: image by image, Python loops, float64 outside the networks."""
+"""The sampler once more, written independently: image by image, Python loops, float64 outside the nets."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def sample_image(
     ids: Tensor | None = None,
     grid: tuple[int, int] | None = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """Image b of a batch: its ids before every step and after the last, and the generated residuals (N, C)."""
+    """Image b of a batch: its ids before every step and after the last, and its residuals (N, C)."""
     c = model.config
     count = c.num_tokens if grid is None else grid[0] * grid[1]
     current = [c.mask_id] * count if ids is None else ids[b].tolist()
