@@ -45,7 +45,7 @@ PLAIN_LIMIT = 32  # roundings that plain low precision may be off by, of the lar
 # every stage in the timed shapes, is the warm-up.
 AUTO_WARMUP = {"small": 1, "large": 0, "cuda": 3}
 AUTO_SECONDS = {"small": 20.0, "large": 150.0, "cuda": 60.0}  # timed part, all rows together
-AUTO_LIMITS = {"small": (3, 20), "large": (2, 5), "cuda": (5, 30)}
+AUTO_LIMITS = {"small": (2, 20), "large": (2, 5), "cuda": (5, 30)}
 
 
 class Failure(Exception):
@@ -405,7 +405,9 @@ def measure(rows: Rows, settings: Settings) -> str:
             row.seconds.append(seconds)
     for name, peak in rows.call("peak").items():
         next(row for row in rows.all if row.name == name).peak = peak
-    for i in range(instrumented := min(repeats, 5 if kind != "large" else 1)):
+    longest = max(sum(row.seconds[i] for row in rows.able) for i in range(repeats)) if rows.able else 0.0
+    instrumented = min(repeats, 5, int(AUTO_SECONDS["small"] / longest) or 1) if longest else 1
+    for i in range(instrumented):
         note(f"instrumented round {i + 1} of {instrumented}")
         for name, stages in rows.call("run_stages", 2_000_000 + i).items():
             next(row for row in rows.all if row.name == name).stages.append(stages)
@@ -571,7 +573,10 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if settings.work.device == "cpu" and load > cores / 2:
-        note(f"WARNING: the machine is busy (load {load:.1f} on {cores} cores): expect times that are too long")
+        note(
+            f"WARNING: the machine has been busy (load {load:.1f} on {cores} cores). Threads that wait for a taken core make "
+            "times many times too long; OMP_NUM_THREADS=N uses N cores alone"
+        )
     rows = Rows()
     try:
         note(f"starting {', '.join(spec.name for spec in settings.rows)}")

@@ -47,17 +47,16 @@ def check_writable(path: Path) -> None:
 
 
 def _rename(staged: dict[Path, Path], old: dict[Path, Path]) -> None:
-    renamed: list[Path] = []
     try:
         for path, temporary in staged.items():
             os.replace(temporary, path)
-            renamed.append(path)
     except BaseException as error:
-        for path in renamed:
-            if path in old:
-                os.replace(old[path], path)
+        # what was renamed has lost its temporary name: an interrupt may come between any two instructions
+        for renamed in [path for path, temporary in staged.items() if not temporary.exists()]:
+            if renamed in old:
+                os.replace(old[renamed], renamed)
             else:
-                path.unlink()
+                renamed.unlink()
         if isinstance(error, OSError):
             raise ValueError(f"{path} cannot be written: {error.strerror}") from error
         raise

@@ -83,8 +83,8 @@ def _load_released(kind, config, state: State, table, source: str) -> Any:
 def load_state(model: nn.Module, state: State, source: str, label=lambda name: name) -> None:
     """Loads ``state`` completely or raises ``ValueError`` with the lists of what does not fit.
 
-    dtypes become the model's; a tensor that has the right one is taken over, not copied. ``label(name)`` is how a name
-    is printed.
+    Floating dtypes become the model's; a tensor that has the right one is taken over, not copied. ``label(name)`` is how
+    a name is printed.
     """
     expected = model.state_dict()
     missing = sorted(label(name) for name in expected.keys() - state.keys())
@@ -94,8 +94,13 @@ def load_state(model: nn.Module, state: State, source: str, label=lambda name: n
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    mistyped = [
+        f"{label(name)}: {state[name].dtype} instead of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if missing or unexpected or misshapen or mistyped:
+        lists = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen), ("mistyped", mistyped))
         found = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in lists if names)
         raise ValueError(f"{source} does not fit {type(model).__name__}: {found}")
     converted = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}

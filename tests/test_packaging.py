@@ -47,7 +47,7 @@ def extract(folder: Path) -> Path:
 
 
 # An editable install of this environment would supply from the checkout whatever the wheel lacks.
-NO_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')];"
+NO_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)];"
 
 
 def run_in(site: Path, code: str, cwd: Path) -> str:

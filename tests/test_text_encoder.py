@@ -240,6 +240,14 @@ def test_folders_without_a_t5(tmp_path):
         TextEncoder.from_t5(tmp_path, max_length=8)
 
 
+def test_relatives_of_t5_are_refused(copied):
+    """umT5 shares the class and the names but not the computation."""
+    path = copied / "config.json"
+    path.write_text(path.read_text().replace('"model_type": "t5"', '"model_type": "umt5"'))
+    with pytest.raises(ValueError, match="text encoder.*umt5"):
+        TextEncoder.from_t5(copied, max_length=8)
+
+
 @pytest.mark.parametrize("length", [0, -1, 2.5])
 def test_bad_lengths(folder, length):
     with pytest.raises(ValueError, match="max_length"):
