@@ -574,8 +574,8 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if settings.work.device == "cpu" and load > cores / 2:
         note(
-            f"WARNING: the machine has been busy (load {load:.1f} on {cores} cores). Threads that wait for a taken core make "
-            "times many times too long; OMP_NUM_THREADS=N uses N cores alone"
+            f"WARNING: the machine has been busy (load {load:.1f} on {cores} cores). Threads that wait for a taken core "
+            "make times many times too long; OMP_NUM_THREADS=N uses N cores alone"
         )
     rows = Rows()
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dcar_fast.noise import check_seeds
+from dcar_fast.noise import check_seeds, is_seed
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -24,8 +24,8 @@ def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per image: seed + b from one integer, a list as it is, a random start from None."""
     if seed is None:
         seed = secrets.randbelow(2**32)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return check_seeds([seed + i for i in range(count)])
+    if is_seed(seed):
+        return check_seeds([int(seed) + i for i in range(count)])
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         raise ValueError(f"seed must be an integer or a list of integers, got {type(seed).__name__}")
     if len(seed) != count:

@@ -31,7 +31,7 @@ class _Config:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown fields {unknown}; known fields are {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: ``json.dumps`` takes them, ``from_dict`` gives an equal config back."""

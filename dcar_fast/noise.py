@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -251,12 +252,16 @@ def _check_draws(name: str, draws: Sequence[Tensor], size: tuple[int, ...]) -> N
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds as a list of ints; ``ValueError`` unless each is an integer with 0 <= seed < 2^63."""
-    checked = list(seeds)
-    for seed in checked:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    """The seeds as a list of ints; ``ValueError`` unless each is an integer (NumPy's too) with 0 <= seed < 2^63."""
+    for seed in seeds:
+        if not is_seed(seed) or not 0 <= seed < 2**63:
             raise ValueError(f"noise: a seed must be an integer with 0 <= seed < 2^63, got {seed!r}")
-    return checked
+    return [int(seed) for seed in seeds]
+
+
+def is_seed(value: object) -> bool:
+    """Whether ``value`` is one integer, Python's or NumPy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def make_noise(noise: int | Sequence[int] | Noise, shape: NoiseShape, device: torch.device | str) -> Noise:
@@ -265,8 +270,8 @@ def make_noise(noise: int | Sequence[int] | Noise, shape: NoiseShape, device: to
     ``ValueError`` for anything else and for a Noise that cannot serve ``shape``.
     """
     if not isinstance(noise, Noise):
-        if isinstance(noise, int) and not isinstance(noise, bool):
-            noise = [noise + b for b in range(shape.batch)]
+        if is_seed(noise):
+            noise = [int(noise) + b for b in range(shape.batch)]
         if not isinstance(noise, Sequence) or isinstance(noise, (str, bytes)):
             raise ValueError(f"noise must be a seed, a list of seeds or a Noise, got {type(noise).__name__}")
         if len(noise) != shape.batch:

@@ -32,7 +32,9 @@ class DCAR(nn.Module):
 
     def __init__(self, config: DCARConfig | None = None) -> None:
         super().__init__()
-        self.config = c = config or DCARConfig()
+        self.config = c = DCARConfig() if config is None else config
+        if not isinstance(c, DCARConfig):
+            raise ValueError(f"config must be a DCARConfig, got {type(c).__name__}")
         self.token_embedding = nn.Embedding(c.codebook_size + 1, c.hidden_size)  # the last row is MASK
         self.register_buffer("position", sincos_positions(c.hidden_size, *c.grid))
         self.register_buffer("null_text", torch.randn(c.text_length, c.text_dim) / math.sqrt(c.text_dim))

@@ -24,7 +24,9 @@ class DCHT(nn.Module):
 
     def __init__(self, config: DCHTConfig | None = None, lookup: Lookup = vq_lookup) -> None:
         super().__init__()
-        self.config = config = config or DCHTConfig()
+        self.config = config = DCHTConfig() if config is None else config
+        if not isinstance(config, DCHTConfig):
+            raise ValueError(f"config must be a DCHTConfig, got {type(config).__name__}")
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantizer = Quantizer(config.codebook_size, config.latent_channels, lookup)

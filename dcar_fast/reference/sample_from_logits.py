@@ -27,7 +27,7 @@ def sample_from_logits(
     logits = (c + guidance (c - u)) / softmax_temperature (without ``uncond``: c / softmax_temperature);
     id = argmax(logits + tau * gumbel(noise)), the lowest on ties; confidence = the id's logit, without noise.
     ``noise`` holds uniforms (R, V) or is a TokenNoise for the R rows. NaN logits count as -inf; a row without any
-    finite logit gives id 0 and confidence -inf.
+    logit above -inf gives id 0 and confidence -inf.
     """
     logits = cond.float()
     if uncond is not None:

@@ -33,7 +33,9 @@ class ReferenceSampler:
 
     def __init__(self, model: DCAR, config: SamplingConfig | None = None) -> None:
         self.model = model
-        self.config = config or SamplingConfig()
+        self.config = SamplingConfig() if config is None else config
+        if not isinstance(self.config, SamplingConfig):
+            raise ValueError(f"config must be a SamplingConfig, got {type(config).__name__}")
 
     @torch.no_grad()
     def __call__(
