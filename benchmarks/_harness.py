@@ -280,14 +280,14 @@ class Rows:
     def able(self) -> list[Row]:
         return [row for row in self.all if row.unavailable is None]
 
-    def call(self, method: str, *arguments: Any, skip: Any = None) -> dict[str, Any]:
-        """The answers of all able rows but that of spec ``skip`` by name, one row after the other."""
+    def call(self, method: str, *arguments: Any, skip: Any = None) -> dict[Row, Any]:
+        """The answers of all able rows but that of spec ``skip``, asked one after the other."""
         answers = {}
         for row in self.able:
             if row.spec == skip:
                 continue
             try:
-                answers[row.name] = row.call(method, *arguments)
+                answers[row] = row.call(method, *arguments)
             except RowFailed as reason:
                 row.unavailable = str(reason)
                 row.close()
@@ -326,7 +326,7 @@ def check_parity(rows: Rows, settings: Settings) -> None:
             reference = helper(reference_spec)
             reference.call("record_reference", folder)
             reports = rows.call("parity", folder, skip=reference_spec)
-            plain = {name.partition("-")[2]: r["errors"] for name, r in reports.items() if name.startswith("eager-")}
+            plain = {row.spec.dtype: r["errors"] for row, r in reports.items() if row.spec.kind == "eager"}
             for dtype in {row.spec.dtype for row in rows.able if row.spec.kind != "eager"} - {"float32", *plain}:
                 plain[dtype] = helper(RowSpec("eager", dtype)).call("parity", folder)["errors"]
     except RowFailed as reason:
@@ -340,7 +340,7 @@ def check_parity(rows: Rows, settings: Settings) -> None:
         if row.spec == reference_spec:
             print(f"  {row.name:<28} the reference")
             continue
-        report = reports[row.name]
+        report = reports[row]
         stages = ", ".join(f"{s} {e / report['scales'][s]:.1e}" for s, e in report["errors"].items())
         ids = f"ids {report['step_agreement']:.2%} step by step, {report['agreement']:.2%} in a free run"
         problems = judge(row.spec, report, plain.get(row.spec.dtype), settings.work.device)
@@ -398,19 +398,20 @@ def measure(rows: Rows, settings: Settings) -> str:
         reason = f"one round takes {seconds:.3g} s" if seconds else f"the least for {kind} work"
         chosen = f" (chosen: {reason}; --repeats overrides)"
     rows.call("reset_peak")
+    longest = 0.0
     for i in range(repeats):
         note(f"timed round {i + 1} of {repeats}")
-        for name, seconds in rows.call("run", i).items():
-            row = next(row for row in rows.all if row.name == name)
+        answers = rows.call("run", i)
+        longest = max(longest, sum(answers.values()))
+        for row, seconds in answers.items():
             row.seconds.append(seconds)
-    for name, peak in rows.call("peak").items():
-        next(row for row in rows.all if row.name == name).peak = peak
-    longest = max(sum(row.seconds[i] for row in rows.able) for i in range(repeats)) if rows.able else 0.0
+    for row, peak in rows.call("peak").items():
+        row.peak = peak
     instrumented = min(repeats, 5, int(AUTO_SECONDS["small"] / longest) or 1) if longest else 1
     for i in range(instrumented):
         note(f"instrumented round {i + 1} of {instrumented}")
-        for name, stages in rows.call("run_stages", 2_000_000 + i).items():
-            next(row for row in rows.all if row.name == name).stages.append(stages)
+        for row, stages in rows.call("run_stages", 2_000_000 + i).items():
+            row.stages.append(stages)
     return f"{warmup} warm-up, {repeats} timed{chosen}, {instrumented} instrumented runs per row, interleaved"
 
 
@@ -574,7 +575,7 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if settings.work.device == "cpu" and load > cores / 2:
         note(
-            f"WARNING: the machine has been busy (load {load:.1f} on {cores} cores). Threads that wait for a taken core "
+            f"WARNING: the machine has been busy (load {load:.1f} on {cores} cores). Threads that wait for a core "
             "make times many times too long; OMP_NUM_THREADS=N uses N cores alone"
         )
     rows = Rows()

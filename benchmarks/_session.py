@@ -102,9 +102,9 @@ class Session:
         pipeline = DCARPipeline.from_preset(self.work.preset, seed=0, device="cpu")
         fill_zeros(pipeline)
         self.pipeline = pipeline.to(self.device, DTYPES[self.spec.dtype])
-        if self.spec.kind == "compile":
-            compile_pipeline(self.pipeline, self.spec.mode)
         self.grid = pipeline.grid(self.work.height, self.work.width)
+        if self.spec.kind == "compile":
+            compile_pipeline(self.pipeline, self.spec.mode, self.grid)
         gc.collect()
         return device_name(self.device)
 
@@ -276,13 +276,15 @@ class Session:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compile_pipeline(pipeline: DCARPipeline, mode: str) -> None:
+def compile_pipeline(pipeline: DCARPipeline, mode: str, grid: tuple[int, int]) -> None:
     """torch.compile of trunk, head network and decoder, for the shapes of their first call only.
 
-    In modes with CUDA graphs a result lives until the next call of any of them, so the hidden states, which all
+    The position table, a constant of the grid that numpy computes, stays out of it. In modes with CUDA graphs a result lives until the next call of any of them, so the hidden states, which all
     denoising steps read, are copied out.
     """
     generator, decoder = pipeline.generator, pipeline.tokenizer.decoder
+    positions = generator.positions(grid)
+    generator.positions = lambda _: positions
     trunk = torch.compile(generator.forward, mode=mode, dynamic=False)
     head = torch.compile(generator.head.forward, mode=mode, dynamic=False)
     decode = torch.compile(decoder.forward, mode=mode, dynamic=False)
@@ -351,6 +353,8 @@ def serve(connection, spec: RowSpec, work: Workload) -> None:
         try:
             answer = ("ok", getattr(session, method)(*arguments))
         except Exception as error:  # whatever it is, the parent reports it with the row's name
-            line = next((line for line in str(error).splitlines() if line.strip()), "no message")
-            answer = ("error", f"{type(error).__name__}: {line}", traceback.format_exc())
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+            # the compiler's own frames say nothing, its message names the line of ours that it stumbled over
+            details = str(error) if spec.kind == "compile" else traceback.format_exc()
+            answer = ("error", f"{type(error).__name__}: {' '.join(lines[:2])}", details)
         connection.send(answer)

@@ -83,8 +83,8 @@ def _load_released(kind, config, state: State, table, source: str) -> Any:
 def load_state(model: nn.Module, state: State, source: str, label=lambda name: name) -> None:
     """Loads ``state`` completely or raises ``ValueError`` with the lists of what does not fit.
 
-    Floating dtypes become the model's; a tensor that has the right one is taken over, not copied. ``label(name)`` is how
-    a name is printed.
+    Floating dtypes become the model's; a tensor that has the right one is taken over, not copied. ``label(name)`` is
+    how a name is printed.
     """
     expected = model.state_dict()
     missing = sorted(label(name) for name in expected.keys() - state.keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,7 @@ import torch
 import dcar_fast
 from dcar_fast import ops
 from dcar_fast._inputs import check_device
-from dcar_fast.ops._dispatch import ENVIRONMENT, choose
+from dcar_fast.ops._dispatch import ENVIRONMENT, choose, requested
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "huggingface_hub", "nvtx", "flash-attn")
 
@@ -24,7 +23,7 @@ def report(device: str = "auto") -> str:
     target = check_device(device)
     lines = [f"dcar_fast {dcar_fast.__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines += [f"  {name:<16} {_version(name)}" for name in PACKAGES]
-    lines += ["", f"device {target}: {_describe(target)}", f"{ENVIRONMENT}={os.environ.get(ENVIRONMENT) or 'auto'}"]
+    lines += ["", f"device {target}: {_describe(target)}", f"{ENVIRONMENT}={requested()}"]
     for op, backends in ops.report(target).items():
         try:
             used = choose(op, target).name
