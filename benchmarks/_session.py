@@ -174,10 +174,12 @@ class Session:
         device = self.device
         fed = self._noise.latent_init().to(device).flatten(0, 1).repeat(2, 1)  # (2 B N, C)
         timesteps = torch.full((len(fed),), HEAD_PROBE_TIMESTEP, device=device)
-        head = self.pipeline.generator.head(fed, timesteps, reference["hidden"].to(device).flatten(0, 1))
+        condition = reference["hidden"].to(device).flatten(0, 1)
+        # to the CPU at once: with CUDA graphs the next compiled call takes the memory back
+        head = self.pipeline.generator.head(fed, timesteps, condition).float().cpu()
         ids, residual = reference["ids"].to(device).unflatten(1, self.grid), reference["residual"].to(device)
         images = self.pipeline.tokenizer.decode_tokens(ids, residual)[self._picked]
-        return _to_cpu({"text": self._text().states.float(), "head": head.float(), "image": images.float()})
+        return {"text": self._text().states.float().cpu(), "head": head, "image": images.float().cpu()}
 
     def _compare_ids(self, expected: Tensor, got: Tensor) -> tuple[float, int]:
         """Sampled ids of both logits (S, 2 P, N, V) under the same noise: the share of equal ones, and how many differ
@@ -279,8 +281,8 @@ class Session:
 def compile_pipeline(pipeline: DCARPipeline, mode: str, grid: tuple[int, int]) -> None:
     """torch.compile of trunk, head network and decoder, for the shapes of their first call only.
 
-    The position table, a constant of the grid that numpy computes, stays out of it. In modes with CUDA graphs a result lives until the next call of any of them, so the hidden states, which all
-    denoising steps read, are copied out.
+    The position table, a constant of the grid that numpy computes, stays out of it. In modes with CUDA graphs a result
+    lives until the next call of any of them, so the hidden states, which all denoising steps read, are copied out.
     """
     generator, decoder = pipeline.generator, pipeline.tokenizer.decoder
     positions = generator.positions(grid)
@@ -289,18 +291,21 @@ def compile_pipeline(pipeline: DCARPipeline, mode: str, grid: tuple[int, int]) -
     head = torch.compile(generator.head.forward, mode=mode, dynamic=False)
     decode = torch.compile(decoder.forward, mode=mode, dynamic=False)
 
+    # CUDA graphs need to know where results may be given up; on a CPU the call would only import them
+    begin = torch.compiler.cudagraph_mark_step_begin if pipeline.device.type == "cuda" else lambda: None
+
     def run_trunk(*args):
-        torch.compiler.cudagraph_mark_step_begin()
+        begin()
         output = trunk(*args)
         output.hidden = output.hidden.clone()
         return output
 
     def run_head(*args):
-        torch.compiler.cudagraph_mark_step_begin()
+        begin()
         return head(*args)
 
     def run_decoder(*args):
-        torch.compiler.cudagraph_mark_step_begin()
+        begin()
         return decode(*args)
 
     generator.forward, generator.head.forward, decoder.forward = run_trunk, run_head, run_decoder

@@ -243,6 +243,7 @@ def draw_png(
         roof.text(ridge * 1.12, compute * 1.55, "bound by arithmetic", ha="left", va="center", color=grey)
 
         note_at = {"transform": roof.transAxes, "ha": "right", "va": "center", "fontsize": 10, "color": grey}
+        note_at["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 2}
         roof.text(0.985, 0.07, "diamonds: whole stages, coloured as below", **note_at)
 
         for i, (name, parts) in enumerate(ops.items()):

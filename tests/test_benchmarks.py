@@ -158,6 +158,27 @@ def test_judge(harness, row, changes, plain, red):
     assert bool(harness.judge(RowSpec(kind, row), report(**changes), plain, "cpu")) is red
 
 
+def test_what_surrounds_compiled_calls_changes_nothing(harness, monkeypatch, tmp_path):
+    """torch.compile itself takes too long for a test: here it gives its function back. Not square: no stored table."""
+    import _session
+
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: modes.append(mode) or function)
+    work = _session.Workload("shapes", 2, 32, 64, 2, 5, "cpu")
+    reference = _session.Session(_session.RowSpec("eager", "float32"), work)
+    compiled = _session.Session(_session.RowSpec("compile", "float32", "default"), work)
+    reference.build()
+    compiled.build()
+    assert modes == ["default"] * 3
+    assert "forward" in vars(compiled.pipeline.generator.head) and "forward" not in vars(reference.pipeline.generator)
+    reference.record_reference(str(tmp_path))
+    report = compiled.parity(str(tmp_path))
+    assert set(report["errors"]) == {"text", "logits", "head", "image"}
+    assert max(report["errors"].values()) == 0 and min(report["scales"].values()) > 0.01
+    assert report["agreement"] == report["step_agreement"] == 1 and report["residual"] == 0
+    assert harness.judge(compiled.spec, report, None, "cpu") == []
+
+
 def test_percentiles_are_numpys(harness):
     values = [3.0, 1.0, 7.0, 2.0, 2.5]
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):

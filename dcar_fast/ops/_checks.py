@@ -36,3 +36,13 @@ def check_codebook(codebook: object, channels: int | str = "C") -> None:
 def check_same_device(first: str, one: torch.Tensor, second: str, other: torch.Tensor) -> None:
     if one.device != other.device:
         raise ValueError(f"{second} is on {other.device}, allowed is the device of {first}, {one.device}")
+
+
+def check_values(name: str, value: torch.Tensor, high: int | None) -> None:
+    """int64, and in 0..high where that can be seen without waiting for a GPU (None: any value)."""
+    if value.dtype != torch.int64:
+        raise ValueError(f"{name} is {value.dtype}, allowed is torch.int64")
+    if high is not None and value.device.type == "cpu" and value.numel():
+        least, most = (bound.item() for bound in value.aminmax())
+        if least < 0 or most > high:
+            raise ValueError(f"{name} has values in {least}..{most}, allowed are 0..{high}")

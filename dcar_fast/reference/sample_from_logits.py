@@ -34,7 +34,7 @@ def sample_from_logits(
         logits = logits + guidance * (logits - uncond.float())
     logits = logits / softmax_temperature
     logits = logits.masked_fill(logits.isnan(), float("-inf"))
-    uniforms = noise.uniform(logits.shape[-1]) if isinstance(noise, TokenNoise) else noise
+    uniforms = noise.uniform(logits.shape[-1]) if isinstance(noise, TokenNoise) else noise.float()
     ids = (logits + tau * gumbel(uniforms)).argmax(dim=-1)  # (R,)
     confidence = logits.gather(-1, ids[:, None])[:, 0]
     return ids.masked_fill(confidence == float("-inf"), 0), confidence
