@@ -348,12 +348,13 @@ def _to_cpu(value: Any) -> Any:
 
 
 def serve(connection, spec: RowSpec, work: Workload) -> None:
-    """The process of a row: answers (method, arguments) with ("ok", result) or ("error", one line, traceback)."""
+    """The process of a row: answers (method, arguments) with ("ok", result) or ("error", one line, details), until the
+    parent is gone."""
     session = Session(spec, work)
     while True:
         try:
             method, arguments = connection.recv()
-        except EOFError:  # the parent is gone
+        except EOFError:
             return
         try:
             answer = ("ok", getattr(session, method)(*arguments))
@@ -362,4 +363,7 @@ def serve(connection, spec: RowSpec, work: Workload) -> None:
             # the compiler's own frames say nothing, its message names the line of ours that it stumbled over
             details = str(error) if spec.kind == "compile" else traceback.format_exc()
             answer = ("error", f"{type(error).__name__}: {' '.join(lines[:2])}", details)
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return

@@ -82,6 +82,11 @@ def _duplicate(path: Path, copy: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    """The process's umask; elsewhere than on Linux it can only be read by setting it, which other threads may see."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask

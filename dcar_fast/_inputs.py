@@ -13,9 +13,11 @@ from dcar_fast.noise import check_seeds, is_seed
 def check_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, None meaning the CPU; ``ValueError`` for one that is not there."""
     try:
-        device = torch.device(device or "cpu")
+        device = torch.device("cpu" if device is None else device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 

@@ -7,7 +7,9 @@ vocabulary, text_tokenizer/. Only safetensors and ``torch.load(weights_only=True
 from __future__ import annotations
 
 import json
+import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -58,7 +60,7 @@ def load_official_tokenizer(path_or_state_dict: str | Path | State, config: DCHT
     """
     if isinstance(path_or_state_dict, (str, Path)):
         settings = Path(path_or_state_dict) / "config.json"
-        model_type = _read_json(settings).get("model_type", "dc_ht") if settings.is_file() else "dc_ht"
+        model_type = read_json(settings).get("model_type", "dc_ht") if settings.is_file() else "dc_ht"
         if model_type != "dc_ht":
             raise ValueError(f"{settings}: model_type is {model_type!r}, a DC-HT tokenizer has 'dc_ht'")
     state, source = _read(path_or_state_dict)
@@ -129,7 +131,7 @@ def save_folder(folder: str | Path, parts: dict[str, nn.Module], config: Pipelin
 def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfig, bool]:
     """The parts (float32 unless saved otherwise, eval mode, CPU), the config and whether they were trained."""
     folder = Path(folder)
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     if settings.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'} does not describe a {FORMAT} folder (no format: {FORMAT!r})")
     if settings.get("version") != VERSION:
@@ -137,7 +139,8 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
     config = PipelineConfig.from_dict({k: settings[k] for k in ("tokenizer", "generator", "text") if k in settings})
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"tokenizer": DCHT(config.tokenizer), "generator": DCAR(config.generator)}
-    parts["text_encoder"] = TextEncoder(config.text, _load_text_tokenizer(folder, config))
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+        parts["text_encoder"] = TextEncoder(config.text, _load_text_tokenizer(folder, config))
     for name, model in parts.items():
         path = folder / f"{name}.safetensors"
         state = read_safetensors(path)
@@ -148,9 +151,7 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
         for alias, original in tied_names(model).items():
             if original in state:
                 state[alias] = state[original]
-        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-        if len(dtypes) == 1:
-            model.to(dtypes.pop())
+        model.to(_main_dtype(state))
         load_state(model.eval(), state, str(path))
         if isinstance(model, TextEncoder):
             model.t5.tie_weights()
@@ -159,7 +160,9 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
 
 def find_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or the snapshot of the hub repository of that name; ``ValueError`` if there is neither."""
-    if Path(folder_or_hub_id).is_dir():
+    if not isinstance(folder_or_hub_id, (str, Path)) or not str(folder_or_hub_id):
+        raise ValueError(f"folder_or_hub_id must be a path or a name, got {folder_or_hub_id!r}")
+    if os.path.isdir(folder_or_hub_id):
         return Path(folder_or_hub_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -170,6 +173,15 @@ def find_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Pa
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         name, reason = str(folder_or_hub_id), str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} is neither a folder nor a reachable hub repository: {reason}") from error
+
+
+def _main_dtype(state: State) -> torch.dtype:
+    """The floating dtype of most elements: a part in bfloat16 keeps its codebook in float32."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -203,12 +215,18 @@ def _read(source: str | Path | State) -> tuple[dict[str, Tensor], str]:
     if isinstance(source, Mapping):
         state = _check_state(source, "state dict")
         return {name: tensor.detach().clone() for name, tensor in state.items()}, "state dict"
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"a checkpoint is a path or a state dict, got {type(source).__name__}")
     path = Path(source)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
-        found = [path / name for name in names if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        found = [path / name for name in names if (path / name).is_file()] or sorted(path.glob("[!.]*.safetensors"))
         if not found:
             raise ValueError(f"{path} holds no checkpoint (looked for {', '.join(names)} and *.safetensors)")
+        if found[0].name not in names and len(found) > 1:
+            raise ValueError(
+                f"{path} is not a released checkpoint alone, name a file: {_shorten([p.name for p in found])}"
+            )
         path = found[0]
     if path.suffix == ".safetensors":
         return read_safetensors(path), str(path)
@@ -230,12 +248,13 @@ def _check_state(state: Any, source: str) -> State:
     return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ``ValueError`` if it is missing, unreadable or holds something else."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")

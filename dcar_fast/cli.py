@@ -152,11 +152,27 @@ class Convert:
     """Folder to write."""
     text_encoder: str = "google-t5/t5-base"
     """Folder or hub id of the T5 encoder."""
+    generator_config: Path | None = None
+    """JSON with the fields of DCARConfig; inferred from the released shapes if left out."""
+    tokenizer_config: Path | None = None
+    """JSON with the fields of DCHTConfig; inferred from the released shapes if left out."""
 
     def run(self) -> None:
+        from dcar_fast._files import check_writable
+        from dcar_fast.checkpoints import read_json
+        from dcar_fast.config import DCARConfig, DCHTConfig
         from dcar_fast.pipeline import DCARPipeline
 
-        pipeline = DCARPipeline.from_official(self.generator, self.tokenizer, self.text_encoder)
+        if self.output.is_file():
+            raise ValueError(f"{self.output} is a file, the output is a folder")
+        check_writable(self.output / "config.json")
+        configs = {}
+        for name, kind, path in (
+            ("generator_config", DCARConfig, self.generator_config),
+            ("tokenizer_config", DCHTConfig, self.tokenizer_config),
+        ):
+            configs[name] = None if path is None else kind.from_dict(read_json(path))
+        pipeline = DCARPipeline.from_official(self.generator, self.tokenizer, self.text_encoder, **configs)
         pipeline.save_pretrained(self.output)
         print(f"wrote {self.output}")
 
@@ -191,6 +207,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"dcar-fast: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"dcar-fast: error: out of memory: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"dcar-fast: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dcar-fast: interrupted", file=sys.stderr)
         return 130
@@ -211,10 +235,10 @@ def _outputs(output: Path, count: int) -> list[Path]:
         raise ValueError("prompts must hold at least one string, got an empty list")
     if output.suffix.lower() != ".png":
         raise ValueError(f"output must end in .png (the settings are stored in it), got {str(output)!r}")
-    check_writable(output)
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    for path in paths:
+        check_writable(path)
+    return paths
 
 
 def _save(images, paths: list[Path]) -> None:

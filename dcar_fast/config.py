@@ -319,6 +319,6 @@ PRESETS = tuple(_PRESETS)
 
 def preset(name: str) -> PipelineConfig:
     """The named configuration: "shapes" (small, CPU), "dc-ar-256", "dc-ar-512", "dc-ar-1024" (full size)."""
-    if name not in _PRESETS:
+    if name not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {name!r}")
     return _PRESETS[name]()

@@ -16,14 +16,31 @@ MAX_SIDE = 4096  # pixels
 
 
 def image_to_tensor(image: Image.Image, name: str = "image") -> Tensor:
-    """PIL image of any mode -> (1, 3, H, W) float32 in [-1, 1] (transparency is laid over white)."""
+    """PIL image -> (1, 3, H, W) float32 in [-1, 1].
+
+    Any mode of 8 bits per channel, transparency laid over white; grey of 16 bits is scaled down. ``ValueError`` for
+    float and 32-bit images, whose range nobody knows.
+    """
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} must be a PIL image, got {type(image).__name__}")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
+    pixels = torch.from_numpy(np.array(_opaque(_to_8_bits(image, name)).convert("RGB")))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has 16 bits at most
+        levels = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name} has 32 bits per pixel (mode {image.mode}) and no known range; convert it to 8 bits")
+    return image
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def image_to_multiple(image: Image.Image, multiple: int, pad: bool) -> Tensor:
@@ -31,10 +48,11 @@ def image_to_multiple(image: Image.Image, multiple: int, pad: bool) -> Tensor:
 
     Others are padded with their repeated edges (right and bottom) if ``pad``, else a ``ValueError``.
     """
+    if isinstance(image, Image.Image) and max(image.size) > MAX_SIDE:
+        width, height = image.size
+        raise ValueError(f"image must be at most {MAX_SIDE} pixels a side, got {width} x {height}")
     pixels = image_to_tensor(image)
     height, width = pixels.shape[2:]
-    if max(height, width) > MAX_SIDE:
-        raise ValueError(f"image must be at most {MAX_SIDE} pixels a side, got {width} x {height}")
     if (height % multiple or width % multiple) and not pad:
         near = " x ".join(str(max(multiple, side // multiple * multiple)) for side in (width, height))
         raise ValueError(f"image: sides must be multiples of {multiple}, got {width} x {height}; crop to {near} or pad")
@@ -54,7 +72,7 @@ def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"mask must be a PIL image, got {type(mask).__name__}")
     if mask.size != size:
         raise ValueError(f"mask must be as large as the image (width, height) = {size}, got {mask.size}")
-    return torch.from_numpy(np.array(mask.convert("L")) >= 128)
+    return torch.from_numpy(np.array(_to_8_bits(mask, "mask").convert("L")) >= 128)
 
 
 def mask_to_tokens(mask: Tensor, compression: int) -> Tensor:

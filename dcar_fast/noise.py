@@ -26,7 +26,8 @@ STREAM_TOKEN, STREAM_CONFIDENCE, STREAM_LATENT_INIT, STREAM_LATENT, STREAM_CHOIC
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK = 1 << 16  # counters per block of work: int64 temporaries of 512 KiB stay in cache
+_CHUNK_CPU = 1 << 16  # counters per block of work: int64 temporaries of 512 KiB stay in cache
+_CHUNK = 1 << 24  # on other devices: few launches, temporaries of 128 MiB
 
 
 def philox4x32(
@@ -58,7 +59,8 @@ def uniform(seed: int, tokens: Tensor, elements: int, step: int, stream: int) ->
     first = torch.arange(quads, device=tokens.device)  # counter word 0
     step_word, stream_word = (torch.full((1, 1), v, device=tokens.device) for v in (step, stream))
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    rows = max(1, _CHUNK // max(quads, 1))
+    chunk = _CHUNK_CPU if tokens.device.type == "cpu" else _CHUNK
+    rows = max(1, chunk // max(quads, 1))
     for start in range(0, len(tokens), rows):
         block = tokens[start : start + rows, None]
         counter = torch.broadcast_tensors(first[None], block, step_word, stream_word)
@@ -83,7 +85,7 @@ class TokenNoise:
     step: int
 
     def uniform(self, elements: int) -> Tensor:
-        """The uniforms (R, elements) that :class:`CounterNoise` gives these rows."""
+        """The uniforms (R, elements) that :class:`CounterNoise` gives these rows; on a GPU this waits for the seeds."""
         out = torch.empty(len(self.tokens), elements, dtype=torch.float32, device=self.tokens.device)
         for seed in torch.unique(self.seeds).tolist():
             rows = self.seeds == seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -14,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dcar_fast import checkpoints
+from dcar_fast import __version__, checkpoints
 from dcar_fast._inputs import check_device, image_seeds
 from dcar_fast._progress import SamplingBar
-from dcar_fast.config import PipelineConfig, SamplingConfig, preset
+from dcar_fast.config import DCARConfig, DCHTConfig, PipelineConfig, SamplingConfig, preset
 from dcar_fast.images import (
     MAX_SIDE,
     image_to_multiple,
@@ -74,7 +73,7 @@ class DCARPipeline:
         config = preset(name)
         device = check_device(device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(check_seeds([seed])[0])
+            torch.default_generator.manual_seed(check_seeds([seed])[0])  # the CPU's alone, which is put back
             tokenizer = DCHT(config.tokenizer)
             generator = DCAR(config.generator)
             text_encoder = TextEncoder(config.text)
@@ -101,13 +100,18 @@ class DCARPipeline:
         tokenizer: str | Path,
         text_encoder: str | Path = "google-t5/t5-base",
         *,
+        generator_config: DCARConfig | None = None,
+        tokenizer_config: DCHTConfig | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> DCARPipeline:
-        """The released checkpoints: generator file, tokenizer folder, T5 folder or hub id."""
+        """The released checkpoints: generator file, tokenizer folder, T5 folder or hub id.
+
+        The configs are inferred from the shapes if left out, see :func:`dcar_fast.load_official_generator`.
+        """
         device = check_device(device)
-        dcar = checkpoints.load_official_generator(generator)
-        dcht = checkpoints.load_official_tokenizer(tokenizer)
+        dcar = checkpoints.load_official_generator(generator, generator_config)
+        dcht = checkpoints.load_official_tokenizer(tokenizer, tokenizer_config)
         text = TextEncoder.from_t5(text_encoder, max_length=dcar.config.text_length)
         return cls(dcht, dcar, text).to(device, dtype)
 
@@ -122,6 +126,8 @@ class DCARPipeline:
         With float16 the text encoder stays in float32: T5's activations overflow float16.
         """
         device = device if device is None else check_device(device)
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         self.tokenizer.to(device, dtype)
         self.generator.to(device, dtype)
         self.text_encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
@@ -156,14 +162,15 @@ class DCARPipeline:
     ) -> list[Image.Image]:
         """One image per prompt, in order.
 
-        seed: image b uses seed + b; a list gives one seed per image; None draws one. An image depends on its prompt and
-        seed alone. height, width: pixels, multiples of the compression, by default the model's own square. batch_size:
-        prompts sampled together. Further keywords are fields of SamplingConfig. Each image's ``info`` holds prompt,
-        seed and settings as text. ``ValueError`` for bad input, before any work.
+        seed: image b uses seed + b; a list gives one seed per image; None draws one. An image's noise depends on its
+        seed alone: in float32 its tokens are the same in every batch, in lower precision rounding may flip some.
+        height, width: pixels, multiples of the compression, by default the model's own square. batch_size: prompts
+        sampled together. Further keywords are fields of SamplingConfig. Each image's ``info`` holds prompt, seed and
+        settings as text. ``ValueError`` for bad input, before any work.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         check_prompts(prompts)
-        config = SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
+        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
         grid = self.grid(height, width)
         seeds = image_seeds(seed, len(prompts))
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -215,7 +222,7 @@ class DCARPipeline:
         The rest goes through the tokenizer unchanged (tokens and residuals bit-equal); ``paste`` puts the original
         pixels back outside the mask. An all-black mask gives the reconstruction, an all-white one a new image.
         """
-        config = SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
+        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
         pixels = image_to_multiple(image, self.config.tokenizer.compression, pad)
         hidden = mask_to_tensor(mask, image.size)
         padded = torch.zeros(pixels.shape[2:], dtype=torch.bool)
@@ -248,7 +255,7 @@ class DCARPipeline:
         """Samples a random ``strength`` share (0..1, rounded to whole tokens) of the image's tokens anew."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise ValueError(f"strength must be a number in 0..1, got {strength!r}")
-        config = SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
+        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
         pixels = image_to_multiple(image, self.config.tokenizer.compression, pad)
         seeds = image_seeds(seed, 1)
         f = self.config.tokenizer.compression
@@ -316,9 +323,11 @@ class DCARPipeline:
     def _to_images(self, sample, grid, prompts, seeds, config) -> list[Image.Image]:
         pixels = self.decode(sample, grid).cpu().numpy()
         images = [Image.fromarray(p) for p in pixels]
-        settings = json.dumps(dataclasses.asdict(config) | {"dtype": str(self.dtype).removeprefix("torch.")})
+        size = {"height": images[0].height, "width": images[0].width}
+        settings = json.dumps({**config.to_dict(), **size, "dtype": str(self.dtype).removeprefix("torch.")})
+        software = f"dcar_fast {__version__}"
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-            image.info = {"prompt": prompt, "seed": str(seed), "settings": settings, "software": "dcar_fast"}
+            image.info = {"prompt": prompt, "seed": str(seed), "settings": settings, "software": software}
         return images
 
     @staticmethod

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,41 @@ def test_saved_model_folder(tmp_path, picture):
     out = tmp_path / "r.png"
     assert main(["reconstruct", str(picture), "--model", str(tmp_path / "model"), "-o", str(out)]) == 0
     assert out.exists()
+
+
+def test_convert_reads_released_checkpoints(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from tests import tiny_t5
+
+    golden = Path(__file__).parent / "golden"
+    for name in ("generator", "tokenizer"):
+        tensors = load_file(golden / f"{name}.safetensors")
+        state = {key.removeprefix("state/"): value for key, value in tensors.items() if key.startswith("state/")}
+        save_file(state, tmp_path / f"{name}.safetensors")
+        config = json.loads((golden / f"{name}.json").read_text())["config"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    tiny_t5.save(tmp_path / "t5")
+    out = tmp_path / "model"
+    args = ["convert", "--text-encoder", str(tmp_path / "t5"), "-o", str(out)]
+    args += [x for n in ("generator", "tokenizer") for x in (f"--{n}", str(tmp_path / f"{n}.safetensors"))]
+    assert main(args) == 2 and "config must be given" in capsys.readouterr().err
+    args += [x for n in ("generator", "tokenizer") for x in (f"--{n}-config", str(tmp_path / f"{n}.json"))]
+    assert main(args) == 0
+    picture = tmp_path / "a.png"
+    assert main(["sample", "a", "--model", str(out), "--num-steps", "3", "--seed", "0", "-o", str(picture)]) == 0
+    with Image.open(picture) as image:
+        assert image.size == (128, 128) and json.loads(image.text["settings"])["height"] == 128
+
+
+def test_outputs_are_checked_before_the_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a-1.png").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("dcar_fast.pipeline.DCARPipeline.from_preset", lambda *a, **k: pytest.fail("worked first"))
+    assert main(["sample", "x", "y", "-o", str(tmp_path / "a.png")]) == 2
+    assert "a-1.png is a folder" in capsys.readouterr().err
+    assert main(["convert", "--generator", "g", "--tokenizer", "t", "-o", str(tmp_path / "file")]) == 2
+    assert "is a file, the output is a folder" in capsys.readouterr().err
 
 
 BAD = [

@@ -32,6 +32,19 @@ def test_other_modes_become_rgb():
     assert torch.all(images.image_to_tensor(clear) == 1), "transparent pixels are white"
 
 
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    wide, narrow = Image.fromarray(ramp), Image.fromarray((ramp / 257).round().astype(np.uint8))
+    assert torch.equal(images.image_to_tensor(wide), images.image_to_tensor(narrow))
+    assert torch.equal(images.mask_to_tensor(wide, (64, 64)), images.mask_to_tensor(narrow, (64, 64)))
+    wide.save(tmp_path / "wide.png")
+    assert torch.equal(images.image_to_tensor(images.open_image(tmp_path / "wide.png")), images.image_to_tensor(narrow))
+    for name, read in (("image", images.image_to_tensor), ("mask", lambda m: images.mask_to_tensor(m, (4, 4)))):
+        for mode in ("F", "I"):
+            with pytest.raises(ValueError, match=f"{name} has 32 bits per pixel"):
+                read(Image.new(mode, (4, 4)))
+
+
 def test_padding_repeats_edges():
     image = _gradient(50, 33)
     padded = images.image_to_multiple(image, 32, pad=True)

@@ -119,7 +119,7 @@ def check_grid(grid: tuple[int, int] | None, tokens: int | None) -> tuple[int, i
         if side * side != tokens:
             raise ValueError(f"grid must be given: {tokens} tokens are no square")
         return side, side
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(type(n) is int and n > 0 for n in grid):
         raise ValueError(f"grid must be two positive integers (h, w), got {grid!r}")
     if tokens is not None and grid[0] * grid[1] != tokens:
         raise ValueError(f"grid must multiply to {tokens} tokens, got {grid!r}")

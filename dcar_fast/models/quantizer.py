@@ -45,6 +45,15 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
         self.lookup = lookup
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves along with ``.to(...)``, but the codes stay in float32 where others become half precision."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+        return super()._apply(keep_precision, recurse)
+
     def codes(self) -> Tensor:
         """The normalised codebook (V, C), float32."""
         return F.normalize(self.embedding.weight.float(), dim=-1)

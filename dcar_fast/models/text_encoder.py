@@ -45,8 +45,13 @@ class TextEncoder(nn.Module):
     Either way the states are cut to the longest prompt of the batch: positions outside the mask are never looked at.
     """
 
-    def __init__(self, config: TextEncoderConfig | None = None, tokenizer: Any = None) -> None:
-        """tokenizer: a transformers tokenizer; needed for "t5", made here for "bytes" (ByT5 needs no files)."""
+    def __init__(
+        self, config: TextEncoderConfig | None = None, tokenizer: Any = None, t5: nn.Module | None = None
+    ) -> None:
+        """tokenizer: a transformers tokenizer; needed for "t5", made here for "bytes" (ByT5 needs no files).
+
+        t5: the T5EncoderModel to use instead of a new one with random weights.
+        """
         from transformers import T5Config, T5EncoderModel
 
         super().__init__()
@@ -58,7 +63,7 @@ class TextEncoder(nn.Module):
 
             tokenizer = ByT5Tokenizer()
         self.tokenizer = tokenizer
-        self.t5 = T5EncoderModel(T5Config(**{name: getattr(c, name) for name in T5_FIELDS})).eval()
+        self.t5 = t5 or T5EncoderModel(T5Config(**{name: getattr(c, name) for name in T5_FIELDS})).eval()
 
     @classmethod
     def from_t5(cls, folder_or_hub_id: str | Path = "google-t5/t5-base", max_length: int = 300) -> TextEncoder:
@@ -79,9 +84,7 @@ class TextEncoder(nn.Module):
         except Exception as error:  # whatever missing, damaged or foreign files make transformers raise
             raise ValueError(f"text encoder: {source!r} holds no T5 encoder and tokenizer ({error})") from error
         sizes = {name: getattr(t5.config, name) for name in T5_FIELDS}
-        encoder = cls(TextEncoderConfig("t5", max_length, attend_pads=True, **sizes), tokenizer)
-        encoder.t5 = t5.eval()
-        return encoder
+        return cls(TextEncoderConfig("t5", max_length, attend_pads=True, **sizes), tokenizer, t5.eval())
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, max_length) int64 and mask (B, max_length) bool, on the CPU.
@@ -92,9 +95,9 @@ class TextEncoder(nn.Module):
         check_prompts(prompts)
         length = self.config.max_length
         untruncated = self.tokenizer(list(prompts), verbose=False).input_ids
-        for i, tokens in enumerate(untruncated):
+        for prompt, tokens in zip(prompts, untruncated, strict=True):
             if len(tokens) > length:
-                log.warning("prompts[%d] has %d tokens and is cut to %d: %.60r...", i, len(tokens), length, prompts[i])
+                log.warning("a prompt has %d tokens and is cut to %d: %.60r...", len(tokens), length, prompt)
         encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )

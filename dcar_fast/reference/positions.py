@@ -21,7 +21,7 @@ def sincos_positions(dim: int, height: int, width: int) -> Tensor:
         return torch.from_numpy(_table(dim, height, width)).clone()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _table(dim: int, height: int, width: int) -> np.ndarray:
     quarter = dim // 4
     frequency = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)

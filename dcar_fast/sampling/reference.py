@@ -28,7 +28,8 @@ class ReferenceSampler:
 
     Each step samples every open token from guided, annealed logits plus Gumbel noise and masks the least confident ones
     again; the hidden states of the last forward (or of one more, ``final_forward``) condition the diffusion head. Plain
-    PyTorch on the model's device and in its dtype; logits and noise in float32; no host synchronisation on the way.
+    PyTorch on the model's device and in its dtype; logits and noise in float32. Nothing on the way waits for the
+    device, but the position table of a grid that is not the model's own is copied to it in every forward.
     """
 
     def __init__(self, model: DCAR, config: SamplingConfig | None = None) -> None:
@@ -51,8 +52,8 @@ class ReferenceSampler:
         """text_states (B, T, Dt) float and text_mask (B, T) bool -> Sample.
 
         noise: a seed (image b uses seed + b), one seed per image, or a :class:`dcar_fast.noise.Noise`. known: decided
-        tokens (inpainting). grid: (h, w) of the tokens, by default the model's own square. trace: keep every step's
-        input ids and raw logits. progress(stage, done, total) is called after every step.
+        tokens (inpainting). grid: (h, w) of the tokens, by default the square of the known ones or the model's own.
+        trace: keep every step's input ids and raw logits. progress(stage, done, total) is called after every step.
         Raises ``ValueError`` before any work for what does not fit.
         """
         run = _Run(self.model, self.config, text_states, text_mask, noise, known, grid, progress)
