@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _harness import Failure, Parser, duration, mebibytes, note, table
+from _arguments import Parser
+from _report import Failure, duration, mebibytes, note, table
 
 KEYS = {
     "benchmark": str,

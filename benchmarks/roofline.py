@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _harness import PRESETS, Parser, add_workload_arguments, check_output, check_size, note, table
+from _arguments import PRESETS, Parser, add_workload_arguments, check_output, check_size
+from _report import note, table
 
 from dcar_fast import flops
 from dcar_fast._files import write_atomically

@@ -22,9 +22,7 @@ from dcar_fast.models.tokenizer import DCHT
 from dcar_fast.noise import RecordedNoise
 
 FOLDER = Path(__file__).parent / "golden"
-MODES = tuple(
-    f"{schedule}{end}" for schedule in ("constant", "linear", "power-cosine") for end in ("-annealed", "")
-)
+MODES = tuple(f"{schedule}{end}" for schedule in ("constant", "linear", "power-cosine") for end in ("-annealed", ""))
 INPAINTINGS = ("inpaint", "inpaint_1", "inpaint_3", "inpaint_15")
 HEADS = ("dcar", "hart", "mar")
 
@@ -41,17 +39,13 @@ def settings(name: str) -> dict:
 
 def released_state(name: str) -> dict[str, Tensor]:
     """The weights under the released names; a fresh dict, the tensors are shared."""
-    return {
-        key.removeprefix("state/"): value for key, value in vectors(name).items() if key.startswith("state/")
-    }
+    return {key.removeprefix("state/"): value for key, value in vectors(name).items() if key.startswith("state/")}
 
 
 def full_size_state(name: str) -> dict[str, Tensor]:
     """All tensors of the released full-size checkpoint ("generator" or "tokenizer"), on the meta device."""
     names = settings(f"official_{name}_keys")
-    return {
-        k: torch.empty(shape, dtype=getattr(torch, kind), device="meta") for k, (shape, kind) in names.items()
-    }
+    return {k: torch.empty(shape, dtype=getattr(torch, kind), device="meta") for k, (shape, kind) in names.items()}
 
 
 def generator_config() -> DCARConfig:
@@ -95,9 +89,7 @@ def recorded_noise(case: str) -> RecordedNoise:
         count = sum(key.startswith(f"{case}/noise/{name}/") for key in found)
         return [found[f"{case}/noise/{name}/{i}"] for i in range(count)]
 
-    return RecordedNoise(
-        series("token"), series("confidence"), found[f"{case}/noise/latent_init"], series("latent")
-    )
+    return RecordedNoise(series("token"), series("confidence"), found[f"{case}/noise/latent_init"], series("latent"))
 
 
 def sampling_config(values: dict, **changes) -> SamplingConfig:

@@ -125,9 +125,10 @@ def test_red_parity_stops_before_any_timing(tmp_path):
 
 
 @pytest.fixture
-def harness(monkeypatch):
+def module(monkeypatch):
+    """Imports a module of benchmarks/ by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("_harness")
+    return importlib.import_module
 
 
 def report(**changes) -> dict:
@@ -151,14 +152,14 @@ def report(**changes) -> dict:
         ("float16", {"errors": {"logits": 0.2}}, None, True),
     ],
 )
-def test_judge(harness, row, changes, plain, red):
+def test_judge(module, row, changes, plain, red):
     from _session import RowSpec
 
     kind = "eager" if plain is None else "compile"
-    assert bool(harness.judge(RowSpec(kind, row), report(**changes), plain, "cpu")) is red
+    assert bool(module("_parity").judge(RowSpec(kind, row), report(**changes), plain, "cpu")) is red
 
 
-def test_what_surrounds_compiled_calls_changes_nothing(harness, monkeypatch, tmp_path):
+def test_what_surrounds_compiled_calls_changes_nothing(module, monkeypatch, tmp_path):
     """torch.compile itself takes too long for a test: here it gives its function back. Not square: no stored table."""
     import _session
 
@@ -176,15 +177,15 @@ def test_what_surrounds_compiled_calls_changes_nothing(harness, monkeypatch, tmp
     assert set(report["errors"]) == {"text", "logits", "head", "image"}
     assert max(report["errors"].values()) == 0 and min(report["scales"].values()) > 0.01
     assert report["agreement"] == report["step_agreement"] == 1 and report["residual"] == 0
-    assert harness.judge(compiled.spec, report, None, "cpu") == []
+    assert module("_parity").judge(compiled.spec, report, None, "cpu") == []
 
 
-def test_percentiles_are_numpys(harness):
+def test_percentiles_are_numpys(module):
     values = [3.0, 1.0, 7.0, 2.0, 2.5]
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):
         wanted = torch.quantile(torch.tensor(values, dtype=torch.float64), share).item()
-        assert harness.percentile(values, share) == pytest.approx(wanted)
-    assert harness.percentile([4.0], 0.8) == 4.0
+        assert module("_report").percentile(values, share) == pytest.approx(wanted)
+    assert module("_report").percentile([4.0], 0.8) == 4.0
 
 
 # ---- bad arguments
@@ -215,9 +216,9 @@ def test_percentiles_are_numpys(harness):
         ("--colour red", "unrecognized arguments: --colour red"),
     ],
 )
-def test_bad_arguments_are_one_line(harness, capsys, arguments, message):
+def test_bad_arguments_are_one_line(module, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        harness.parse("latency", 1, "", arguments.split())
+        module("_arguments").parse("latency", 1, "", arguments.split())
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"latency.py: error: {message}") and error.count("\n") == 1
@@ -242,8 +243,8 @@ def test_a_gpu_that_is_not_there():
         ("--rows compile --compile-mode reduce-overhead", ["compile-float32:reduce-overhead"]),
     ],
 )
-def test_rows(harness, arguments, names):
-    settings = harness.parse("latency", 1, "", ["--device", "cpu", *arguments.split()])
+def test_rows(module, arguments, names):
+    settings = module("_arguments").parse("latency", 1, "", ["--device", "cpu", *arguments.split()])
     assert [row.name for row in settings.rows] == names
 
 

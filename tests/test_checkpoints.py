@@ -165,9 +165,7 @@ def test_names_and_config_of_other_tokenizers(variant):
     if variant == "released":
         assert shapes == {name: tuple(t.shape) for name, t in full_size_state("tokenizer").items()}
     state = {
-        name: torch.empty(
-            shape, device="meta", dtype=torch.float32 if shape else torch.int64
-        )  # () counts batches
+        name: torch.empty(shape, device="meta", dtype=torch.float32 if shape else torch.int64)  # () counts batches
         for name, shape in shapes.items()
     }
     model = load_official_tokenizer(state)
@@ -178,17 +176,13 @@ def test_names_and_config_of_other_tokenizers(variant):
 def test_generator_configs_of_other_sizes():
     state = full_size_state("generator")
     smaller = {
-        name: t
-        for name, t in state.items()
-        if not name.startswith(("blocks.27.", "diffloss.net.res_blocks.5."))
+        name: t for name, t in state.items() if not name.startswith(("blocks.27.", "diffloss.net.res_blocks.5."))
     }
     smaller = {name: t for name, t in smaller.items() if "q_norm" not in name and "k_norm" not in name}
     smaller["pos_embed"] = torch.empty(1, 64, 1152, device="meta")
     smaller["y_embedder.y_embedding"] = torch.empty(120, 768, device="meta")
     config = infer_generator_config(smaller)
-    assert config == replace(
-        DCARConfig(), num_layers=27, head_depth=5, qk_norm=False, num_tokens=64, text_length=120
-    )
+    assert config == replace(DCARConfig(), num_layers=27, head_depth=5, qk_norm=False, num_tokens=64, text_length=120)
     model = load_official_generator(smaller)
     assert model.config == config and len(model.state_dict()) == len(smaller)
 
@@ -197,9 +191,7 @@ def test_recorded_models_from_inferred_configs():
     inferred = infer_tokenizer_config(released_state("tokenizer"))
     assert replace(inferred, widths=(8, *inferred.widths[1:])) == tokenizer_config()
     with torch.no_grad():
-        image = load_official_tokenizer(released_state("tokenizer")).decode(
-            vectors("tokenizer")["case/0/features"]
-        )
+        image = load_official_tokenizer(released_state("tokenizer")).decode(vectors("tokenizer")["case/0/features"])
     assert error(image, vectors("tokenizer")["case/0/decoded_hybrid"]) < 1e-4 * 8
     with pytest.raises(ValueError, match="config must be given.*48.*72"):
         load_official_generator(released_state("generator"))
@@ -331,9 +323,7 @@ def test_one_huge_layer_number_is_not_taken_for_a_depth():
         load_official_generator(state)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.safetensors", "other.safetensors", "weights.pt"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "other.safetensors", "weights.pt"])
 def test_files_and_folders(tmp_path, name):
     state, path = released_state("generator"), tmp_path / name
     save_file(state, path) if name.endswith(".safetensors") else torch.save(OrderedDict(state), path)
@@ -389,9 +379,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, zipped):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"state_dict": {"a": torch.zeros(1)}}, torch.zeros(3), {"a": 1}, None]
-)
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"a": torch.zeros(1)}}, torch.zeros(3), {"a": 1}, None])
 def test_pickles_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "x.bin")
     with pytest.raises(ValueError, match="tensors"):
@@ -436,9 +424,7 @@ def test_truncated_and_corrupted_files(tmp_path, kind):
 
 def text_config(**changes) -> TextEncoderConfig:
     sizes = {"vocab_size": 384, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
-    return TextEncoderConfig(
-        **{"tokenizer": "bytes", "max_length": 12, "attend_pads": False, **sizes, **changes}
-    )
+    return TextEncoderConfig(**{"tokenizer": "bytes", "max_length": 12, "attend_pads": False, **sizes, **changes})
 
 
 def parts(seed: int) -> tuple[dict[str, torch.nn.Module], PipelineConfig]:
@@ -603,9 +589,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(
     assert same(load_folder(tmp_path)[0], second[0])
 
 
-@pytest.mark.parametrize(
-    ("reason", "done"), [("interrupt", False), ("interrupt", True), ("disk full", False)]
-)
+@pytest.mark.parametrize(("reason", "done"), [("interrupt", False), ("interrupt", True), ("disk full", False)])
 @pytest.mark.parametrize("number", range(4))
 def test_a_save_interrupted_while_renaming_leaves_a_whole_folder(
     tmp_path, monkeypatch, first, second, number, reason, done
@@ -763,9 +747,7 @@ def test_tensors_that_do_not_fit_the_config(saved):
 def test_damaged_text_tokenizers(tmp_path, first, damage):
     tiny_t5.save(tmp_path / "t5")
     encoder = TextEncoder.from_t5(tmp_path / "t5", max_length=12)
-    save_folder(
-        tmp_path / "own", {**first[0], "text_encoder": encoder}, replace(first[1], text=encoder.config), True
-    )
+    save_folder(tmp_path / "own", {**first[0], "text_encoder": encoder}, replace(first[1], text=encoder.config), True)
     folder = tmp_path / "own" / "text_tokenizer"
     if damage == "gone":
         shutil.rmtree(folder)

@@ -135,9 +135,7 @@ def test_every_draw_has_its_own_stream():
             for step in (0, 3):
                 u = [expected_uniform(seed, token, e, step, TOKEN) for e in range(10)]
                 assert noise.token(step)[row, token].tolist() == u
-                assert noise.confidence(step)[row, token].item() == expected_uniform(
-                    seed, token, 0, step, CONFIDENCE
-                )
+                assert noise.confidence(step)[row, token].item() == expected_uniform(seed, token, 0, step, CONFIDENCE)
                 z = [expected_normal(seed, token, e, step, LATENT) for e in range(5)]
                 assert noise.latent(step)[row, token].tolist() == pytest.approx(z, abs=4e-6)
             z = [expected_normal(seed, token, e, 0, LATENT_INIT) for e in range(5)]

@@ -61,9 +61,7 @@ def test_released_behaviour_is_t5_without_a_mask(folder, t5):
     encoded = tokenizer(PROMPTS, padding="max_length", max_length=30, return_tensors="pt")
     with torch.no_grad():
         without_mask = model(input_ids=encoded.input_ids).last_hidden_state
-        with_mask = model(
-            input_ids=encoded.input_ids, attention_mask=encoded.attention_mask
-        ).last_hidden_state
+        with_mask = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
     found = encode(t5, PROMPTS)
     longest = len(PROMPTS[1]) + 1  # one token per byte and the end mark
     assert torch.equal(found.states, without_mask[:, :longest])
@@ -182,9 +180,7 @@ def test_other_precision_and_tuples():
     encoder = copy.deepcopy(by_bytes()).bfloat16()
     low, high = encode(encoder, ("a cat",)), encode(by_bytes(), ["a cat"])
     assert low.states.dtype == torch.bfloat16
-    assert (
-        low.states.float() - high.states
-    ).square().mean().sqrt() < 0.05 * high.states.square().mean().sqrt()
+    assert (low.states.float() - high.states).square().mean().sqrt() < 0.05 * high.states.square().mean().sqrt()
 
 
 def test_a_t5_vocabulary_needs_its_tokenizer():
@@ -207,9 +203,7 @@ def rewrite(folder, change) -> None:
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing tensor", "misshapen tensor", "truncated", "no weights", "no tokenizer"]
-)
+@pytest.mark.parametrize("damage", ["missing tensor", "misshapen tensor", "truncated", "no weights", "no tokenizer"])
 def test_damaged_t5_folders(damage, copied):
     """A tensor that is missing must not be drawn at random."""
     weights = copied / "model.safetensors"

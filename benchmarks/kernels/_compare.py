@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _harness import commit, environment, percentile, table  # noqa: E402  (its folder is not a package)
+from _report import commit, environment, percentile, table  # noqa: E402  (its folder is not a package)
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:

@@ -127,9 +127,7 @@ def test_bad_rows():
         run(condition, torch.zeros(10, 8), lambda i: torch.zeros(5, 8), guidance=2.0)
     with pytest.raises(ValueError, match=r"latent\(0\).*10 or 5.*\(4, 8\)"):
         run(condition, torch.zeros(5, 8), lambda i: torch.zeros(4, 8), guidance=2.0)
-    with pytest.raises(
-        ValueError, match=r"latent\(1\)"
-    ):  # once all rows were carried, half of them do not do
+    with pytest.raises(ValueError, match=r"latent\(1\)"):  # once all rows were carried, half of them do not do
         run(condition, torch.zeros(5, 8), lambda i: torch.zeros(10 if i == 0 else 5, 8), guidance=2.0)
     with pytest.raises(ValueError, match="formula.*'c-u'"):
         run(condition, torch.zeros(5, 8), lambda i: torch.zeros(5, 8), guidance=2.0, dialect=Dialect("c-u"))
@@ -239,9 +237,7 @@ def test_schedule_from_its_definition(spec):
             assert found[k] == pytest.approx(value, rel=1e-7, abs=1e-12), (name, k)
         previous = bar
     variances[0] = variances[1]
-    assert schedule.posterior_log_variance.tolist() == pytest.approx(
-        [math.log(v) for v in variances], rel=1e-7
-    )
+    assert schedule.posterior_log_variance.tolist() == pytest.approx([math.log(v) for v in variances], rel=1e-7)
 
 
 def test_one_step_schedule():
@@ -260,9 +256,7 @@ def test_one_step_schedule():
 def test_denoise_step_in_python_floats(clip, k, temperature):
     torch.manual_seed(k)
     x, epsilon, variance, noise = (torch.randn(4, 3, dtype=torch.float64) for _ in range(4))
-    out = denoise_step(
-        x, epsilon, variance, noise, diffusion_schedule(32), k, temperature=temperature, clip=clip
-    )
+    out = denoise_step(x, epsilon, variance, noise, diffusion_schedule(32), k, temperature=temperature, clip=clip)
     bars = alpha_bars()
     now, before = bars[KEPT_32[k]], bars[KEPT_32[k - 1]] if k else 1.0
     beta = 1 - now / before
@@ -278,10 +272,7 @@ def test_denoise_step_in_python_floats(clip, k, temperature):
             x0 = (x_t - math.sqrt(1 - now) * eps) / math.sqrt(now)
             if clip:
                 x0 = min(1.0, max(-1.0, x0))
-            mean = (
-                beta * math.sqrt(before) / (1 - now) * x0
-                + (1 - before) * math.sqrt(1 - beta) / (1 - now) * x_t
-            )
+            mean = beta * math.sqrt(before) / (1 - now) * x0 + (1 - before) * math.sqrt(1 - beta) / (1 - now) * x_t
             f = (v + 1) / 2
             log_variance = f * math.log(beta) + (1 - f) * math.log(posterior(max(k, 1)))
             expected = mean + (temperature * math.exp(log_variance / 2) * z if k else 0.0)

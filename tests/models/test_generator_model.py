@@ -31,9 +31,7 @@ def test_recorded_forward():
     recorded = vectors("generator")
     states, mask = text()
     unconditional = torch.arange(6) >= 3
-    out = forward(
-        generator(), recorded["forward/ids"], states.repeat(2, 1, 1), mask.repeat(2, 1), unconditional
-    )
+    out = forward(generator(), recorded["forward/ids"], states.repeat(2, 1, 1), mask.repeat(2, 1), unconditional)
     assert error(out.logits, recorded["forward/logits"]) < 1e-4
     assert error(out.hidden, recorded["forward/hidden"]) < 1e-4
 
@@ -226,9 +224,7 @@ def test_the_stored_table_serves_its_own_grid_only():
     moved = copy.deepcopy(generator())
     moved.position += 1.0
     assert error(forward(moved, *args).logits, square.logits) > 1e-2
-    assert torch.equal(
-        forward(moved, *args, grid=(2, 8)).logits, forward(generator(), *args, grid=(2, 8)).logits
-    )
+    assert torch.equal(forward(moved, *args, grid=(2, 8)).logits, forward(generator(), *args, grid=(2, 8)).logits)
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(1, None), (9, None), (15, (3, 5)), (6, (6, 1))])

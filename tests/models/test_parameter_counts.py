@@ -29,7 +29,5 @@ def test_generator(tokens):
         model = DCAR(DCARConfig(num_tokens=tokens))
     assert count(model.head) == 36_192_320
     assert model.position.shape == (tokens, 1152)
-    assert (
-        count(model) == 671_558_592 - 256 * 1152
-    )  # the released count includes the position table of 256 tokens
+    assert count(model) == 671_558_592 - 256 * 1152  # the released count includes the position table of 256 tokens
     assert model.null_text.numel() == 230_400

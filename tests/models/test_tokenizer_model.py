@@ -243,9 +243,7 @@ def test_res_block_is_the_formula(act):
     block, x = random_(ResBlock(6, "layer_norm", act)), torch.randn(2, 6, 5, 4).double()
     inner = getattr(F, act)(conv(x, block.conv1, padding=1))
     assert block.conv2.bias is None
-    assert (
-        error(block(x), x + channel_norm(F.conv2d(inner, block.conv2.weight, padding=1), block.norm)) < 1e-10
-    )
+    assert error(block(x), x + channel_norm(F.conv2d(inner, block.conv2.weight, padding=1), block.norm)) < 1e-10
 
 
 def written_out_attention(qkv: torch.Tensor) -> torch.Tensor:

@@ -76,11 +76,7 @@ def denoise(model: DCAR, cond: Tensor, uncond: Tensor | None, noise: Noise, b: i
         x = (beta * math.sqrt(before) * x0 + (1 - before) * math.sqrt(1 - beta) * x) / (1 - now)
         if k:
             f = (v + 1) / 2
-            x = (
-                x
-                + torch.exp((f * math.log(beta) + (1 - f) * math.log(spread(max(k, 1)))) / 2)
-                * noise.latent(i)[b]
-            )
+            x = x + torch.exp((f * math.log(beta) + (1 - f) * math.log(spread(max(k, 1)))) / 2) * noise.latent(i)[b]
     return x * c.head_scale
 
 

@@ -76,16 +76,12 @@ def test_inpainting(case):
     keep, given = recorded[f"{case}/keep"], recorded[f"{case}/init_residual"]
     known = Known(recorded[f"{case}/init_ids"], given, keep)
     config = sampling_config(values, schedule_tokens="all")
-    sample = ReferenceSampler(generator(), config)(
-        states, mask, recorded_noise(case), known=known, trace=True
-    )
+    sample = ReferenceSampler(generator(), config)(states, mask, recorded_noise(case), known=known, trace=True)
     check_steps(sample, case, 6)
     assert torch.equal(sample.residual[keep], given[keep]), "kept residuals come out bit-equal"
     decided = known.ids != 64
     assert torch.equal(sample.ids[decided], known.ids[decided])
-    default = ReferenceSampler(generator(), config)(
-        states, mask, recorded_noise(case), known=Known(known.ids, given)
-    )
+    default = ReferenceSampler(generator(), config)(states, mask, recorded_noise(case), known=Known(known.ids, given))
     if torch.equal(keep, decided):
         assert torch.equal(default.residual, sample.residual), "known residuals are kept by default"
     else:

@@ -36,9 +36,7 @@ def sample(seeds, rows: int = 3, known=None, grid=None, **options):
     )
 
 
-def check(
-    found, seeds: list[int], config: SamplingConfig, ids=None, grid=None, residual_to: float = 1e-4
-) -> None:
+def check(found, seeds: list[int], config: SamplingConfig, ids=None, grid=None, residual_to: float = 1e-4) -> None:
     tokens = found.ids.shape[1]
     noise, (states, mask) = counter(seeds, tokens), prompts(len(seeds))
     for b in range(len(seeds)):
@@ -243,9 +241,7 @@ def test_final_forward_changes_residuals_only():
 
 def test_trace():
     found = sample(0, num_steps=4, guidance_schedule="linear")
-    assert [step.logits.shape[0] for step in found.trace] == [3, 6, 6, 6], (
-        "no unconditional pass in linear's step 0"
-    )
+    assert [step.logits.shape[0] for step in found.trace] == [3, 6, 6, 6], "no unconditional pass in linear's step 0"
     unguided = sample(0, num_steps=4, guidance_scale=0)
     assert [step.logits.shape[0] for step in unguided.trace] == [3] * 4
     states, mask = prompts(3)
@@ -342,9 +338,7 @@ def test_logits_that_are_no_numbers(change, guidance):
     config = SamplingConfig(num_steps=6, guidance_scale=guidance)
     for known in (None, Known(ids, residual)):
         before = torch.full((5, 16), MASK) if known is None else ids
-        found = ReferenceSampler(Patched(generator(), change), config)(
-            *prompts(5), 0, known=known, trace=True
-        )
+        found = ReferenceSampler(Patched(generator(), change), config)(*prompts(5), 0, known=known, trace=True)
         assert found.ids.min() >= 0 and found.ids.max() < CODES
         assert torch.equal(found.ids[before != MASK], before[before != MASK])
         assert found.residual.isfinite().all()
@@ -371,9 +365,7 @@ def test_infinite_confidence_of_open_tokens_masks_no_known_one():
     ids = torch.full((1, 16), MASK)
     ids[0, :4] = torch.arange(4)  # in front, where ties are broken in favour of masking
     config = SamplingConfig(num_steps=6, guidance_scale=0)
-    found = ReferenceSampler(Patched(generator(), change), config)(
-        *prompts(1), 0, known=Known(ids), trace=True
-    )
+    found = ReferenceSampler(Patched(generator(), change), config)(*prompts(1), 0, known=Known(ids), trace=True)
     assert [(step.ids_in == MASK).sum().item() for step in found.trace] == [
         planned(config, ids, s)[0] for s in range(6)
     ]

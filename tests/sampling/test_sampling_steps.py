@@ -30,10 +30,7 @@ def plain_sample(cond, uncond, guidance, temperature, tau, uniforms):
         value = c if uncond is None else c + guidance * (c - uncond[i])
         value /= temperature
         logits.append(-INF if math.isnan(value) else value)
-    noisy = [
-        v + tau * -math.log(max(1e-20, -math.log(max(1e-20, u))))
-        for v, u in zip(logits, uniforms, strict=True)
-    ]
+    noisy = [v + tau * -math.log(max(1e-20, -math.log(max(1e-20, u)))) for v, u in zip(logits, uniforms, strict=True)]
     best = noisy.index(max(noisy))
     return (best, logits[best]) if logits[best] > -INF else (0, -INF)
 
@@ -75,9 +72,7 @@ def test_confidence_has_no_noise_in_it():
 
 
 def test_ties_take_the_lowest_id():
-    cond = torch.tensor(
-        [[1.0, 5.0, 5.0, 5.0], [2.0] * 4, [-INF] * 4, [0.0, -0.0, 0.0, -0.0], [-1.0, INF, INF, 0.0]]
-    )
+    cond = torch.tensor([[1.0, 5.0, 5.0, 5.0], [2.0] * 4, [-INF] * 4, [0.0, -0.0, 0.0, -0.0], [-1.0, INF, INF, 0.0]])
     for u in (0.5, 0.0, 1.0):
         ids, _ = sample_from_logits(
             cond, None, guidance=1.0, softmax_temperature=1.0, tau=1.0, noise=torch.full((5, 4), u)
@@ -114,18 +109,14 @@ def test_token_noise_is_the_noise_of_its_rows():
 
 def test_no_rows():
     empty = torch.zeros(0, 7)
-    ids, confidence = sample_from_logits(
-        empty, empty, guidance=1.0, softmax_temperature=1.0, tau=1.0, noise=empty
-    )
+    ids, confidence = sample_from_logits(empty, empty, guidance=1.0, softmax_temperature=1.0, tau=1.0, noise=empty)
     assert ids.shape == confidence.shape == (0,) and ids.dtype == torch.int64
 
 
 def test_gumbel_max_samples_the_softmax():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     u = CounterNoise([1], num_tokens=40000, codebook_size=4, latent_channels=1).token(0)[0]
-    ids, _ = sample_from_logits(
-        logits.expand(40000, 4), None, guidance=0.0, softmax_temperature=1.0, tau=1.0, noise=u
-    )
+    ids, _ = sample_from_logits(logits.expand(40000, 4), None, guidance=0.0, softmax_temperature=1.0, tau=1.0, noise=u)
     expected = logits.softmax(0)
     spread = torch.sqrt(expected * (1 - expected) / 40000)
     assert ((ids.bincount(minlength=4) / 40000 - expected).abs() < 4 * spread).all()

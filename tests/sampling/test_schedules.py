@@ -23,9 +23,7 @@ def test_published_counts():
 
 
 @pytest.mark.parametrize("schedule_tokens", ["open", "all"])
-@pytest.mark.parametrize(
-    ("tokens", "steps"), [(1, 1), (1, 5), (16, 6), (15, 12), (20, 1), (7, 30), (64, 12), (12, 2)]
-)
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (1, 5), (16, 6), (15, 12), (20, 1), (7, 30), (64, 12), (12, 2)])
 def test_counts_of_every_row(schedule_tokens, tokens, steps):
     config = SamplingConfig(num_steps=steps, schedule_tokens=schedule_tokens)
     table = masked_counts(config, tokens)
@@ -86,16 +84,13 @@ def test_linear_guidance():
     assert guidance_weight(SamplingConfig(guidance_schedule="linear", num_steps=1), 0) is None
     assert head_guidance(SamplingConfig(guidance_schedule="linear", num_steps=1)) == 4.5
     assert all(
-        guidance_weight(SamplingConfig(guidance_schedule="linear", guidance_scale=0), s) is None
-        for s in range(12)
+        guidance_weight(SamplingConfig(guidance_schedule="linear", guidance_scale=0), s) is None for s in range(12)
     )
 
 
 @pytest.mark.parametrize("power", [2.5, 1.0, 0.5])
 def test_power_cosine_guidance(power):
-    config = SamplingConfig(
-        guidance_schedule="power-cosine", num_steps=8, guidance_scale=6.0, guidance_power=power
-    )
+    config = SamplingConfig(guidance_schedule="power-cosine", num_steps=8, guidance_scale=6.0, guidance_power=power)
     for s in range(8):
         w = 5.0 * (1 - math.cos(math.pi * (s / 8) ** power)) / 2 + 1
         # u + w (c - u) = c + (w - 1)(c - u)

@@ -95,9 +95,7 @@ def test_variational_bound_in_python_floats():
     found = variational_bound(x0, x, epsilon, variance, times)
     assert found.shape == (len(TIMES),)
     for row, t in enumerate(TIMES):
-        terms = zip(
-            x0[row].tolist(), x[row].tolist(), epsilon[row].tolist(), variance[row].tolist(), strict=True
-        )
+        terms = zip(x0[row].tolist(), x[row].tolist(), epsilon[row].tolist(), variance[row].tolist(), strict=True)
         expected = sum(plain_bound(*term, t) for term in terms) / 5
         assert found[row].item() == pytest.approx(expected, rel=2e-3, abs=1e-4), t
 
@@ -163,9 +161,7 @@ def test_the_bound_leaves_epsilon_alone():
 
     hidden, residual = torch.randn(1, 6, 4, generator=made), torch.randn(1, 6, 8, generator=made) * 0.1
     noise, times = torch.randn(6, 8, generator=made), torch.tensor([0, 3, 50, 400, 800, 999])
-    loss = diffusion_loss(
-        Fixed(8, 4, 8, 1), hidden, residual, scale=0.1, multiplier=1, timesteps=times, noise=noise
-    )
+    loss = diffusion_loss(Fixed(8, 4, 8, 1), hidden, residual, scale=0.1, multiplier=1, timesteps=times, noise=noise)
     (gradient,) = torch.autograd.grad(loss, outputs)
     expected = 2 * (outputs[:, :8].detach() - noise) / (6 * 8)
     assert error(gradient[:, :8], expected) < 1e-6
@@ -247,9 +243,7 @@ def test_token_loss_in_python_floats(smoothing, weight):
             values = logits[b, i].tolist()
             norm = math.log(sum(math.exp(v) for v in values))
             w = 1.0 if masked[b, i] else weight
-            cost = (1 - smoothing) * (norm - values[targets[b, i]]) + smoothing * sum(
-                norm - v for v in values
-            ) / 9
+            cost = (1 - smoothing) * (norm - values[targets[b, i]]) + smoothing * sum(norm - v for v in values) / 9
             total, weights = total + w * cost, weights + w
     found = token_loss(logits, targets, masked, label_smoothing=smoothing, unmasked_weight=weight)
     assert found.item() == pytest.approx(total / weights, rel=1e-5)
