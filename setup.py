@@ -36,7 +36,8 @@ from setuptools.errors import CompileError, SetupError
 CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
-ISA_FLAGS = {"vq_scan_avx2.cpp": ["-mavx2", "-mfma"], "vq_scan_avx512.cpp": ["-mavx512f"]}
+# Files named <what>_<isa>.cpp; what they compile runs only where cpu_isa.cpp finds the instruction set.
+ISA_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}
 DEFAULT_CUDA_ARCHS = ("80", "89", "90a", "100")
 ARCH = re.compile(r"(?:sm_)?(\d{1,2})\.?(\d)([af]?)(\+ptx)?", re.IGNORECASE)
 
@@ -185,9 +186,10 @@ def plan(cxx: str, cuda: Cuda | str, build: Path, module: Path) -> list[Step]:
 
     steps = []
     for source in sorted(CSRC.glob("*.cpp")):
-        if source.name in ISA_FLAGS and not X86:
+        isa = source.stem.rpartition("_")[2]
+        if isa in ISA_FLAGS and not X86:
             continue
-        extra = [*info, *includes] if source.name == "bindings.cpp" else ISA_FLAGS.get(source.name, [])
+        extra = [*info, *includes] if source.stem.startswith("bind") else ISA_FLAGS.get(isa, [])
         output, depfile = build / f"{source.name}.o", build / f"{source.name}.d"
         command = [cxx, *CXX_FLAGS, *defines, *extra, "-MMD", "-MF", str(depfile)]
         steps.append(Step(output, [source], [*command, "-c", str(source), "-o", str(output)], depfile))

@@ -4,13 +4,23 @@ import torch
 import triton
 import triton.language as tl
 
+from dcar_fast.kernels.configs import Case, Config, Rule, Table
 from dcar_fast.kernels.offline import Variant
 
-# channels up to this number -> tile and warps; the last entry walks over more channels in steps of its tile
-CONFIGS = {
-    32: {"BLOCK_TOKENS": 32, "BLOCK_CHANNELS": 32, "num_warps": 4},
-    64: {"BLOCK_TOKENS": 32, "BLOCK_CHANNELS": 64, "num_warps": 8},
-}
+
+def tile(tokens: int, channels: int, num_warps: int) -> Config:
+    return Config({"BLOCK_TOKENS": tokens, "BLOCK_CHANNELS": channels}, num_warps)
+
+
+# more channels than a tile has are walked over in steps
+RULES = (Rule({"channels": 32}, tile(32, 32, 4)), Rule({}, tile(32, 64, 8)))
+TABLE = Table(
+    "add_residual",
+    shipped={"datacenter": RULES, "consumer": RULES},
+    candidates=tuple(tile(tokens, 32, warps) for tokens in (16, 32, 64, 128) for warps in (2, 4, 8)),
+    scaling=("tokens",),
+)
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit
@@ -55,13 +65,12 @@ def add_residual_kernel(
         tl.store(out + place, tl.trans(x).to(out.dtype.element_ty), mask=(channel < channels)[:, None] & live[None, :])
 
 
-def config(channels: int) -> dict[str, int]:
-    """The entry of ``CONFIGS`` for this number of channels."""
-    return next((entry for most, entry in CONFIGS.items() if channels <= most), list(CONFIGS.values())[-1])
-
-
 def add_residual(
-    ids: torch.Tensor, codebook: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype
+    ids: torch.Tensor,
+    codebook: torch.Tensor,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w) of type ``dtype`` from ids (B, h, w) int64, codebook (V, C) and residual (B, h*w, C) or
     None, both float32: normalise(codebook[ids]) + residual, NaN where an id is outside 0..V-1. One launch on the
@@ -73,8 +82,8 @@ def add_residual(
     if out.numel() == 0:
         return out
     ids, codebook = ids.contiguous(), codebook.contiguous()
-    blocks = config(channels)
-    add_residual_kernel[(batch * triton.cdiv(height * width, blocks["BLOCK_TOKENS"]),)](
+    config = config or TABLE.pick(ids.device, tokens=height * width, channels=channels)
+    add_residual_kernel[(batch * triton.cdiv(height * width, config.blocks["BLOCK_TOKENS"]),)](
         ids,
         codebook,
         codebook if residual is None else residual.contiguous(),
@@ -83,28 +92,40 @@ def add_residual(
         num_codes,
         channels,
         HAS_RESIDUAL=residual is not None,
-        **blocks,
+        **config.launch,
     )
     return out
 
 
-def offline_variants() -> list[Variant]:
+def cases() -> list[Case]:
+    """The full-size decoder input at 512 px, one image and sixteen."""
+
+    def case(batch: int, dtype: torch.dtype) -> Case:
+        def prepare(device: torch.device):
+            ids = torch.randint(0, 16384, (batch, 16, 16), device=device)
+            codebook, residual = torch.randn(16384, 32, device=device), torch.randn(batch, 256, 32, device=device)
+            return lambda config: add_residual(ids, codebook, residual, dtype, config)
+
+        return Case(f"{DTYPES[dtype]} {batch}x256x32", TABLE, {"tokens": 256, "channels": 32}, prepare)
+
+    return [case(batch, dtype) for batch in (1, 16) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def offline_variants(capability: int, every: bool = False) -> list[Variant]:
     """What the full-size model launches: 32 channels, any output type, with and without residual; and the wide tile."""
+    shipped = [(32, dtype, residual) for dtype in DTYPES.values() for residual in (True, False)] + [(64, "fp32", True)]
     return [
-        *(_variant(32, dtype, has_residual) for dtype in ("fp32", "fp16", "bf16") for has_residual in (True, False)),
-        _variant(64, "fp32", True),
+        Variant(
+            name="add_residual",
+            dtype=dtype,
+            shape=f"C={channels}{'' if has_residual else ' discrete'}",
+            config=config,
+            kernel=add_residual_kernel,
+            signature={"ids": "*i64", "codebook": "*fp32", "residual": "*fp32", "out": f"*{dtype}"}
+            | dict.fromkeys(("tokens", "num_codes", "channels"), "i32"),
+            constexprs={"HAS_RESIDUAL": has_residual},
+            multiples_of_16=("tokens", "num_codes", "channels"),
+        )
+        for channels, dtype, has_residual in shipped
+        for config in TABLE.configs(capability, every, tokens=256, channels=channels)
     ]
-
-
-def _variant(channels: int, dtype: str, has_residual: bool) -> Variant:
-    blocks = config(channels)
-    pointers = {"ids": "*i64", "codebook": "*fp32", "residual": "*fp32", "out": f"*{dtype}"}
-    sizes = ("tokens", "num_codes", "channels")
-    return Variant(
-        label=f"add_residual C={channels} {dtype}{'' if has_residual else ' discrete'}",
-        kernel=add_residual_kernel,
-        signature={**pointers, **dict.fromkeys(sizes, "i32")},
-        constexprs={name: blocks[name] for name in ("BLOCK_TOKENS", "BLOCK_CHANNELS")} | {"HAS_RESIDUAL": has_residual},
-        options={"num_warps": blocks["num_warps"]},
-        multiples_of_16=sizes,
-    )

@@ -38,11 +38,14 @@ def check_same_device(first: str, one: torch.Tensor, second: str, other: torch.T
         raise ValueError(f"{second} is on {other.device}, allowed is the device of {first}, {one.device}")
 
 
-def check_values(name: str, value: torch.Tensor, high: int | None) -> None:
-    """int64, and in 0..high where that can be seen without waiting for a GPU (None: any value)."""
+def check_int64(name: str, value: torch.Tensor) -> None:
     if value.dtype != torch.int64:
         raise ValueError(f"{name} is {value.dtype}, allowed is torch.int64")
-    if high is not None and value.device.type == "cpu" and value.numel():
+
+
+def check_values(name: str, value: torch.Tensor, high: int) -> None:
+    """All in 0..high, where that can be seen without waiting for a GPU. For what runs, not for what is traced."""
+    if value.device.type == "cpu" and value.numel():
         least, most = (bound.item() for bound in value.aminmax())
         if least < 0 or most > high:
             raise ValueError(f"{name} has values in {least}..{most}, allowed are 0..{high}")

@@ -34,11 +34,13 @@ class Usable(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: ``run`` takes the op's checked arguments, ``usable`` judges a device."""
+    """One implementation of an op: ``run`` takes the op's checked arguments, ``usable`` judges a device. ``launches``:
+    the GPU kernels that one call launches, None where PyTorch's own run in a number that nobody promised."""
 
     name: str
     run: Callable[..., Any]
     usable: Callable[[torch.device], Usable]
+    launches: int | None = None
 
 
 _ops: dict[str, tuple[Backend, ...]] = {}

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from dcar_fast.noise import TokenNoise
-from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor, check_values
+from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor
 
 
 def check_rows(cond: Tensor, uncond: Tensor | None, columns: int | str) -> None:
@@ -38,7 +38,7 @@ def check_noise(noise: Tensor | TokenNoise, cond: Tensor, size: int) -> None:
     if isinstance(noise, TokenNoise):
         for name, value in (("noise.seeds", noise.seeds), ("noise.tokens", noise.tokens)):
             check_tensor(name, value, (cond.shape[0],))
-            check_values(name, value, None)
+            check_int64(name, value)
             check_same_device("cond", cond, name, value)
         return
     check_tensor("noise", noise, (cond.shape[0], size))

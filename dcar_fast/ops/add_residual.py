@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from dcar_fast.ops import _native
-from dcar_fast.ops._checks import check_codebook, check_floating, check_same_device, check_tensor, check_values
+from dcar_fast.ops._checks import (
+    check_codebook,
+    check_floating,
+    check_int64,
+    check_same_device,
+    check_tensor,
+    check_values,
+)
 from dcar_fast.ops._dispatch import Backend, choose, current, everywhere, register, triton_usable
+from dcar_fast.ops._library import define
 from dcar_fast.reference import add_residual as reference
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -27,8 +35,8 @@ def add_residual(
     mean waiting for it: there the kernels turn a token outside the codebook into NaN, and PyTorch's indexing asserts.
     """
     check_tensor("ids", ids, ("B", "h", "w"))
+    check_int64("ids", ids)
     check_codebook(codebook)
-    check_values("ids", ids, len(codebook) - 1)
     check_same_device("ids", ids, "codebook", codebook)
     batch, height, width = ids.shape
     if residual is not None:
@@ -40,8 +48,23 @@ def add_residual(
     for name, value in (("codebook", codebook), ("residual", residual)):
         if torch.is_grad_enabled() and value is not None and value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which add_residual does not have: detach it or use no_grad")
+    return _add_residual(ids, codebook, residual, dtype, backend)
+
+
+def _run(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, backend: str | None) -> Tensor:
+    check_values("ids", ids, len(codebook) - 1)
     run = choose("add_residual", ids.device, backend).run
     return run(ids, codebook.float(), None if residual is None else residual.float(), dtype)
+
+
+def _fake(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, backend: str | None) -> Tensor:
+    batch, height, width = ids.shape
+    return codebook.new_empty(batch, codebook.shape[1], height, width, dtype=dtype)
+
+
+_add_residual = define(
+    "add_residual(Tensor ids, Tensor codebook, Tensor? residual, ScalarType dtype, str? backend) -> Tensor", _run, _fake
+)
 
 
 def _run_reference(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -88,8 +111,8 @@ def _run_triton(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: t
 # Triton before its CUDA twin: no measurement on a GPU says that the twin is faster.
 register(
     "add_residual",
-    Backend("triton", _run_triton, triton_usable),
-    Backend("cuda", _run_cuda, _native.cuda_usable),
+    Backend("triton", _run_triton, triton_usable, launches=1),
+    Backend("cuda", _run_cuda, _native.cuda_usable, launches=1),
     Backend("native", _run_native, _native.cpu_usable),
     Backend("reference", _run_reference, everywhere),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor, check_values
+from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor, check_values
 from dcar_fast.ops._dispatch import Backend, choose, everywhere, register
 from dcar_fast.reference import cross_attention as reference
 
@@ -23,6 +23,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, backend
     check_tensor("k", k, (q.shape[0], "T", *q.shape[2:]))
     check_tensor("v", v, k.shape)
     check_tensor("lengths", lengths, (q.shape[0],))
+    check_int64("lengths", lengths)
     check_values("lengths", lengths, k.shape[1])
     if not q.shape[3]:
         raise ValueError(f"q has shape {tuple(q.shape)}, allowed is a head size d of at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor, check_values
+from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor, check_values
 from dcar_fast.ops._dispatch import Backend, choose, everywhere, register
 from dcar_fast.reference import remask as reference
 
@@ -20,10 +20,11 @@ def remask(ids: Tensor, confidence: Tensor, num_masked: Tensor, mask_id: int, *,
     values of ``num_masked`` are looked at on the CPU only, on a GPU that would mean waiting for it.
     """
     check_tensor("ids", ids, ("B", "N"))
-    check_values("ids", ids, None)
+    check_int64("ids", ids)
     check_tensor("confidence", confidence, ids.shape)
     check_floating("confidence", confidence)
     check_tensor("num_masked", num_masked, (ids.shape[0],))
+    check_int64("num_masked", num_masked)
     check_values("num_masked", num_masked, ids.shape[1])
     check_same_device("ids", ids, "confidence", confidence)
     check_same_device("ids", ids, "num_masked", num_masked)

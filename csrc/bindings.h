@@ -1,0 +1,46 @@
+// What the bindings of the ops share. An op's bind_<op>.cpp defines bind_<op>, which bindings.cpp calls.
+//
+// The caller (dcar_fast/ops) passes addresses of contiguous tensors of the stated types; what can be checked of plain
+// numbers is checked here, before an address is used, and raises ValueError. The GIL is released while a kernel runs.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace dcar {
+
+void bind_add_residual(pybind11::module_& m);
+void bind_vq_lookup(pybind11::module_& m);
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+inline void check_size(const char* name, int64_t value, int64_t least) {
+  if (value < least) fail(std::string(name) + " is " + std::to_string(value) + ", allowed is at least " + std::to_string(least));
+}
+
+// Number of elements of an array, or ValueError if 8-byte elements could not be addressed.
+inline int64_t elements(const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes) {
+    if (size != 0 && total > std::numeric_limits<int64_t>::max() / 8 / size)
+      fail(std::string(name) + " has more elements than an address can reach");
+    total *= size;
+  }
+  return total;
+}
+
+// The address `value` as a pointer to `count` elements; null is allowed for empty arrays only.
+template <class T>
+T* array(const char* name, uintptr_t value, int64_t count, size_t alignment = alignof(T)) {
+  if (count > 0 && value == 0) fail(std::string(name) + " is a null pointer");
+  if (value % alignment != 0) fail(std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
+  return reinterpret_cast<T*>(value);
+}
+
+}  // namespace dcar
