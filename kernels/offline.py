@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,27 +128,50 @@ def variants(capability: int, every: bool = False, ops: Iterable[str] | None = N
     return [variant for module in modules for variant in module.offline_variants(capability, every)]
 
 
-def print_table(match: str, targets: Iterable[int], every: bool) -> None:
+def compile_all(
+    targets: Iterable[int] = TARGETS, every: bool = False, ops: Iterable[str] | None = None, match: str = ""
+) -> Iterator[tuple[int, Variant, Resources]]:
+    """(target, variant, resources) of all variants whose label contains ``match``, compiled on every core, in order."""
+    jobs = [
+        (target, op, number, variant)
+        for target in targets
+        for op in (ops or kernel_names())
+        for number, variant in enumerate(variants(target, every, [op]))
+        if match in variant.label
+    ]
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1, context) as pool:
+        done = pool.map(_compile_job, [(target, op, number, every) for target, op, number, _ in jobs])
+        for (target, _, _, variant), resources in zip(jobs, done, strict=True):
+            yield target, variant, resources
+
+
+def _compile_job(job: tuple[int, str, int, bool]) -> Resources:
+    """Variants hold functions, which do not travel between processes: they are named by op and number instead."""
+    target, op, number, every = job
+    return compile_variant(variants(target, every, [op])[number], target)
+
+
+def print_table(results: Iterable[tuple[int, Variant, Resources]]) -> None:
     print(f"{'variant':<72}{'sm':>5}{'registers':>11}{'stack':>7}{'shared':>8}{'spills':>8}  matrix instructions")
-    for target in targets:
-        for variant in variants(target, every):
-            if match not in variant.label:
-                continue
-            got = compile_variant(variant, target)
-            over = "" if got.shared <= SHARED_LIMIT[target] else f" > {SHARED_LIMIT[target]}!"
-            mma = " ".join(f"{name} {count}" for name, count in got.mma.items()) + over
-            print(
-                f"{variant.label:<72}{target:>5}{got.registers:>11}{got.stack:>7}{got.shared:>8}{got.spills:>8}  {mma}"
-            )
+    for target, variant, got in results:
+        over = "" if got.shared <= SHARED_LIMIT[target] else f" > {SHARED_LIMIT[target]}!"
+        mma = " ".join(f"{name} {count}" for name, count in got.mma.items()) + over
+        print(
+            f"{variant.label:<72}{target:>5}{got.registers:>11}{got.stack:>7}{got.shared:>8}{got.spills:>8}  {mma}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the Triton kernels need, per GPU generation.")
     parser.add_argument("--targets", type=int, nargs="+", help="compute capabilities, such as 80 90")
     parser.add_argument("--match", default="", help="only variants whose label contains this")
+    parser.add_argument("--ops", nargs="+", help="only these ops")
     parser.add_argument("--all", action="store_true", help="also every tuning candidate, and sm_120")
     arguments = parser.parse_args()
-    print_table(arguments.match, arguments.targets or (EVERY_TARGET if arguments.all else TARGETS), arguments.all)
+    targets = arguments.targets or (EVERY_TARGET if arguments.all else TARGETS)
+    print_table(compile_all(targets, arguments.all, arguments.ops, arguments.match))
 
 
 if __name__ == "__main__":

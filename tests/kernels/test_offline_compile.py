@@ -1,8 +1,10 @@
-"""Every shipped Triton kernel, compiled to machine code for GPUs that are not here: no spills, memory in limits."""
+"""Every shipped Triton kernel, compiled to machine code for GPUs that are not here: no spills, memory in limits, matrix
+instructions where they must be."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -10,53 +12,75 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler by the interpreter", allow_module_level=True)
 
-from dcar_fast.kernels import add_residual, offline  # noqa: E402  (triton may be missing)
+from dcar_fast.kernels import configs, offline  # noqa: E402  (triton may be missing)
+from dcar_fast.kernels.configs import Config  # noqa: E402
 
-VARIANTS = offline.all_variants()
-
-
-@pytest.mark.parametrize("target", offline.TARGETS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
-def test_fits(variant: offline.Variant, target: int) -> None:
-    got = offline.compile_variant(variant, target)
-    assert (got.spills, got.stack) == (0, 0)
-    assert 0 < got.registers <= 255
-    assert got.shared <= offline.SHARED_LIMIT[target]
+OPS = offline.kernel_names()
 
 
-def test_every_kernel_is_listed() -> None:
-    listed = {variant.label.split()[0] for variant in VARIANTS}
-    assert listed == set(offline.KERNELS)
-    folder = os.path.dirname(offline.__file__)
-    assert listed == {name.removesuffix(".py") for name in os.listdir(folder) if name.endswith(".py")} - {"offline"}
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[tuple[int, offline.Variant, offline.Resources]]]:
+    """Everything that ships, for every target, by op."""
+    found: dict[str, list] = {op: [] for op in OPS}
+    for target, variant, resources in offline.compile_all():
+        found[variant.name.partition(".")[0]].append((target, variant, resources))
+    return found
 
 
-def test_spills_are_seen() -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_fits(op: str, compiled) -> None:
+    bad = []
+    for target, variant, got in compiled[op]:
+        where = f"sm_{target} {variant.label}: {got}"
+        if (got.spills, got.stack) != (0, 0) or not 0 < got.registers <= 255:
+            bad.append(f"spills: {where}")
+        if got.shared > configs.SHARED_LIMIT[target]:
+            bad.append(f"shared memory: {where}")
+        if variant.tensor_cores and not got.mma:
+            bad.append(f"no matrix instructions: {where}")
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_target_and_precision_is_compiled(op: str, compiled) -> None:
+    assert {target for target, _, _ in compiled[op]} == set(offline.TARGETS)
+    for target in offline.TARGETS:
+        assert {variant.dtype for where, variant, _ in compiled[op] if where == target} >= {"fp32", "fp16", "bf16"}
+
+
+def test_products_are_declared(compiled) -> None:
+    """A kernel with matrix instructions says so; the ops that are matrix products have them."""
+    declared = {variant.name.partition(".")[0] for op in OPS for _, variant, _ in compiled[op] if variant.tensor_cores}
+    assert declared >= {"cross_attention", "self_attention", "sample_tokens", "denoise_step", "vq_lookup"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_variants_are_what_is_launched(op: str) -> None:
+    """The candidates contain what ships for data-centre GPUs, and no label stands for two variants."""
+    for target in (*offline.TARGETS, 120):
+        shipped, every = ([v.label for v in offline.variants(target, flag, [op])] for flag in (False, True))
+        assert len(set(shipped)) == len(shipped) and len(set(every)) == len(every)
+        assert set(shipped) <= set(every)
+
+
+def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernel with far too few registers: what test_fits looks for is really found."""
-    starved = VARIANTS[0]._replace(options={"num_warps": 1, "maxnreg": 24})
-    got = offline.compile_variant(starved, 80)
+    variant = offline.variants(80, ops=["add_residual"])[0]
+    monkeypatch.setattr(Config, "options", property(lambda self: {"num_warps": 1, "maxnreg": 24}))
+    got = offline.compile_variant(variant, 80)
     assert got.spills > 0 and got.stack > 0 and got.registers <= 24
 
 
 def test_shared_memory_is_seen() -> None:
     """A tile too large for a block compiles without complaint: the limit must be checked from the outside."""
-    blocks = {"BLOCK_TOKENS": 1024, "BLOCK_CHANNELS": 64, "HAS_RESIDUAL": True}
-    huge = VARIANTS[0]._replace(constexprs=blocks, options={"num_warps": 32})
-    assert offline.compile_variant(huge, 80).shared > offline.SHARED_LIMIT[80]
-
-
-def test_variants_are_what_is_launched() -> None:
-    """The table that the launcher reads is the one compiled here."""
-    compiled = {
-        (v.constexprs["BLOCK_TOKENS"], v.constexprs["BLOCK_CHANNELS"], v.options["num_warps"])
-        for v in VARIANTS
-        if v.kernel is add_residual.add_residual_kernel
-    }
-    assert compiled == {tuple(entry.values()) for entry in add_residual.CONFIGS.values()}
+    variant = offline.variants(80, ops=["add_residual"])[0]
+    huge = Config({"BLOCK_TOKENS": 1024, "BLOCK_CHANNELS": 64}, num_warps=32)
+    assert offline.compile_variant(replace(variant, config=huge), 80).shared > configs.SHARED_LIMIT[80]
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    offline.print_table(VARIANTS[:1], [80])
+    variant = offline.variants(80, ops=["add_residual"])[0]
+    offline.print_table([(80, variant, offline.Resources(40, 0, 4096, 0, {"HMMA": 8}))])
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["variant", "sm", "registers", "stack", "shared", "spills", "matrix"]
-    assert row.startswith(VARIANTS[0].label) and row.split()[-6] == "80"
+    assert header.split()[:6] == ["variant", "sm", "registers", "stack", "shared", "spills"]
+    assert row.startswith(variant.label) and row.split()[-7:] == ["80", "40", "0", "4096", "0", "HMMA", "8"]
