@@ -37,7 +37,11 @@ CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 # Files named <what>_<isa>.cpp; what they compile runs only where cpu_isa.cpp finds the instruction set.
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f"],
+    "avx512vnni": ["-mavx512f", "-mavx512vnni"],
+}
 DEFAULT_CUDA_ARCHS = ("80", "89", "90a", "100")
 ARCH = re.compile(r"(?:sm_)?(\d{1,2})\.?(\d)([af]?)(\+ptx)?", re.IGNORECASE)
 

@@ -27,25 +27,30 @@ __device__ __nv_bfloat16 convert<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Element i. The type is the same for all threads, so asking for it costs next to nothing beside the access.
+__device__ float load(const void* data, FloatType type, int64_t i) {
+  if (type == FloatType::kFloat16) return __half2float(static_cast<const __half*>(data)[i]);
+  if (type == FloatType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
 template <class Out>
-__global__ void __launch_bounds__(32 * kWarps)
-    add_residual_kernel(const int64_t* __restrict__ ids, const float* __restrict__ codebook,
-                        const float* __restrict__ residual, Out* __restrict__ out, int64_t tokens, int64_t tiles,
-                        int64_t num_codes, int64_t channels) {
+__global__ void __launch_bounds__(32 * kWarps) add_residual_kernel(AddResidual task, int64_t tiles) {
   __shared__ float tile[kTile][kTile + 1];  // one column more: a column is then read from 32 different banks
   __shared__ float norm[kTile];
 
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
+  const int64_t tokens = task.tokens, channels = task.channels;
   const int64_t image = blockIdx.x / tiles;
   const int64_t first = blockIdx.x % tiles * kTile;
 
   for (int t = warp; t < kTile && first + t < tokens; t += kWarps) {
-    const int64_t id = ids[image * tokens + first + t];
+    const int64_t id = task.ids[image * tokens + first + t];
     float sum = 0.0f;
-    if (id >= 0 && id < num_codes)
+    if (id >= 0 && id < task.num_codes)
       for (int64_t c = lane; c < channels; c += 32) {
-        const float x = codebook[id * channels + c];
+        const float x = load(task.codebook, task.codebook_type, id * channels + c);
         sum += x * x;
       }
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -58,16 +63,19 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int64_t begin = 0; begin < channels; begin += kTile) {
     const int64_t c = begin + lane;
     for (int t = warp; t < kTile && first + t < tokens; t += kWarps) {
-      const int64_t token = image * tokens + first + t;
-      const int64_t id = ids[token];
+      const int64_t token = first + t;
+      const int64_t id = task.ids[image * tokens + token];
       float value = __int_as_float(0x7fffffff);  // NaN marks an id that is not in the codebook
-      if (c < channels && id >= 0 && id < num_codes) {
-        value = codebook[id * channels + c] / norm[t];
-        if (residual != nullptr) value += residual[token * channels + c];
+      if (c < channels && id >= 0 && id < task.num_codes) {
+        value = load(task.codebook, task.codebook_type, id * channels + c) / norm[t];
+        if (task.residual != nullptr)
+          value += load(task.residual, task.residual_type,
+                        image * task.residual_image + token * task.residual_token + c * task.residual_channel);
       }
       tile[t][lane] = value;
     }
     __syncthreads();
+    Out* out = static_cast<Out*>(task.out);
     if (first + lane < tokens)
       for (int row = warp; row < kTile && begin + row < channels; row += kWarps)
         out[(image * channels + begin + row) * tokens + first + lane] = convert<Out>(tile[lane][row]);
@@ -76,29 +84,24 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class Out>
-void launch(const int64_t* ids, const float* codebook, const float* residual, void* out, int64_t batch, int64_t tokens,
-            int64_t num_codes, int64_t channels, cudaStream_t stream) {
-  const int64_t tiles = (tokens + kTile - 1) / kTile;
-  add_residual_kernel<Out><<<static_cast<unsigned>(batch * tiles), dim3(32, kWarps), 0, stream>>>(
-      ids, codebook, residual, static_cast<Out*>(out), tokens, tiles, num_codes, channels);
+void launch(const AddResidual& task, cudaStream_t stream) {
+  const int64_t tiles = (task.tokens + kTile - 1) / kTile;
+  add_residual_kernel<Out><<<static_cast<unsigned>(task.batch * tiles), dim3(32, kWarps), 0, stream>>>(task, tiles);
 }
 
 }  // namespace
 
-std::string add_residual_cuda(const int64_t* ids, const float* codebook, const float* residual, void* out,
-                              int64_t batch, int64_t tokens, int64_t num_codes, int64_t channels, OutputType type,
-                              void* stream) {
+std::string add_residual_cuda(const AddResidual& task, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (type) {
-    case OutputType::kFloat32:
-      launch<float>(ids, codebook, residual, out, batch, tokens, num_codes, channels, on);
+  switch (task.out_type) {
+    case FloatType::kFloat16:
+      launch<__half>(task, on);
       break;
-    case OutputType::kFloat16:
-      launch<__half>(ids, codebook, residual, out, batch, tokens, num_codes, channels, on);
+    case FloatType::kBFloat16:
+      launch<__nv_bfloat16>(task, on);
       break;
-    case OutputType::kBFloat16:
-      launch<__nv_bfloat16>(ids, codebook, residual, out, batch, tokens, num_codes, channels, on);
-      break;
+    default:
+      launch<float>(task, on);
   }
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return "";

@@ -13,15 +13,30 @@
 #include <stdexcept>
 #include <string>
 
+#include "float_type.h"
+
 namespace dcar {
 
 void bind_add_residual(pybind11::module_& m);
+void bind_philox(pybind11::module_& m);
+void bind_remask(pybind11::module_& m);
+void bind_sample_from_logits(pybind11::module_& m);
 void bind_vq_lookup(pybind11::module_& m);
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 inline void check_size(const char* name, int64_t value, int64_t least) {
   if (value < least) fail(std::string(name) + " is " + std::to_string(value) + ", allowed is at least " + std::to_string(least));
+}
+
+// The type named `dtype`, which `argument` has; float64 only where it is allowed.
+inline FloatType float_type(const char* argument, const std::string& dtype, bool float64 = false) {
+  if (dtype == "float16") return FloatType::kFloat16;
+  if (dtype == "bfloat16") return FloatType::kBFloat16;
+  if (dtype == "float32") return FloatType::kFloat32;
+  if (dtype == "float64" && float64) return FloatType::kFloat64;
+  fail(std::string(argument) + " is '" + dtype + "', allowed are 'float16', 'bfloat16', 'float32'" +
+       (float64 ? " and 'float64'" : ""));
 }
 
 // Number of elements of an array, or ValueError if 8-byte elements could not be addressed.

@@ -17,4 +17,13 @@ const std::vector<std::string>& usable_isas() {
   return isas;
 }
 
+bool has_avx512vnni() {
+#ifdef DCAR_FAST_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 }  // namespace dcar

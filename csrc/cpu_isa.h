@@ -10,4 +10,7 @@ namespace dcar {
 // The names are "avx512", "avx2" (with FMA) and "generic" (128-bit vectors of the compiler's baseline).
 const std::vector<std::string>& usable_isas();
 
+// Whether 8-bit integer products can run in AVX-512 (VNNI), for kernels that use them.
+bool has_avx512vnni();
+
 }  // namespace dcar

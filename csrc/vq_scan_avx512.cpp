@@ -31,5 +31,6 @@ struct Vec512 {
 
 // 6 rows x 4 vectors: 24 accumulators, 4 code vectors and 1 broadcast of 32 registers.
 const VqScanKernel kVqScanAvx512 = make_scan_kernel<Vec512, 6, 4>();
+const VqScanKernel kVqScanAvx512Row = make_scan_kernel<Vec512, 1, 4>();
 
 }  // namespace dcar

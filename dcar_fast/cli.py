@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from dcar_fast.config import PRESETS, SamplingConfig
 
-DESCRIPTION = "DC-AR text-to-image: sample, reconstruct, inpaint, convert."
+DESCRIPTION = "DC-AR text-to-image: sample, reconstruct, inpaint, convert; compile and tune the kernels."
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 Sampling = Annotated[SamplingConfig, arg(name="")]
@@ -189,6 +189,54 @@ class Doctor:
         print(report(self.device))
 
 
+@dataclass(kw_only=True)
+class _KernelCommand:
+    """What the commands on Triton kernels take; they need a GPU."""
+
+    device: str = "auto"
+    """Such as cuda:1; "auto" takes the current GPU."""
+    match: str = ""
+    """Only kernels, dtypes and shapes that contain this text, such as "vq_lookup" or "bf16"."""
+
+
+@dataclass(kw_only=True)
+class Warmup(_KernelCommand):
+    """Compile every kernel for the full-size shapes, so that no first call waits for it."""
+
+    def run(self) -> None:
+        from dcar_fast.tuning import run_warmup
+
+        run_warmup(self.device, self.match)
+
+
+@dataclass(kw_only=True)
+class Tune(_KernelCommand):
+    """Time every kernel's candidate tiles on this GPU and keep the fastest for later runs."""
+
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """JSON file to write or extend; by default this GPU's in the user's cache, from where it is used."""
+    minutes: float = float("inf")
+    """Begin nothing new after that long."""
+
+    def run(self) -> None:
+        from dcar_fast.tuning import run_tune
+
+        run_tune(self.device, self.match, self.output, self.minutes)
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Compile or tune the Triton kernels on a GPU."""
+
+    command: Annotated[
+        Union[Annotated[Warmup, subcommand("warmup")], Annotated[Tune, subcommand("tune")]],  # noqa: UP007 - as below
+        arg(name=""),
+    ]
+
+    def run(self) -> None:
+        self.command.run()
+
+
 Command = Union[  # noqa: UP007 - tyro takes the annotated alternatives from it
     Annotated[Sample, subcommand("sample")],
     Annotated[Reconstruct, subcommand("reconstruct")],
@@ -196,6 +244,7 @@ Command = Union[  # noqa: UP007 - tyro takes the annotated alternatives from it
     Annotated[Variation, subcommand("variation")],
     Annotated[Convert, subcommand("convert")],
     Annotated[Doctor, subcommand("doctor")],
+    Annotated[Bench, subcommand("bench")],
 ]
 
 

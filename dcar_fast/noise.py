@@ -52,26 +52,29 @@ def words_to_uniform(words: Tensor) -> Tensor:
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def uniform(seed: int, tokens: Tensor, elements: int, step: int, stream: int) -> Tensor:
-    """Uniforms (len(tokens), elements), float32 on the device of ``tokens`` (int64 positions), for one image."""
+def uniform(seed: int | Tensor, tokens: Tensor, elements: int, step: int, stream: int) -> Tensor:
+    """Uniforms (len(tokens), elements), float32 on the device of ``tokens`` (int64 positions). ``seed``: one image's,
+    or int64 (len(tokens),) for rows of several; nothing waits for a GPU."""
     quads = -(-elements // 4)
     out = torch.empty(len(tokens), quads * 4, dtype=torch.float32, device=tokens.device)
     first = torch.arange(quads, device=tokens.device)  # counter word 0
     step_word, stream_word = (torch.full((1, 1), v, device=tokens.device) for v in (step, stream))
-    key = (seed & _MASK, (seed >> 32) & _MASK)
     chunk = _CHUNK_CPU if tokens.device.type == "cpu" else _CHUNK
     rows = max(1, chunk // max(quads, 1))
     for start in range(0, len(tokens), rows):
         block = tokens[start : start + rows, None]
+        seeds = seed if isinstance(seed, int) else seed[start : start + rows, None]
+        key = (seeds & _MASK, (seeds >> 32) & _MASK)
         counter = torch.broadcast_tensors(first[None], block, step_word, stream_word)
         words = torch.stack(philox4x32(counter, key), dim=-1)  # (rows, quads, 4)
         out[start : start + rows] = words_to_uniform(words).flatten(1)
     return out[:, :elements]
 
 
-def normal(seed: int, tokens: Tensor, elements: int, step: int, stream: int) -> Tensor:
+def normal(seed: int | Tensor, tokens: Tensor, elements: int, step: int, stream: int) -> Tensor:
     """Standard normals (len(tokens), elements): Box-Muller on the words (0, 1) and (2, 3) of each counter."""
-    u = uniform(seed, tokens, -(-elements // 4) * 4, step, stream).view(len(tokens), -1, 2)  # pairs
+    quads = -(-elements // 4)
+    u = uniform(seed, tokens, quads * 4, step, stream).view(len(tokens), quads * 2, 2)  # pairs
     radius, angle = torch.sqrt(-2.0 * torch.log(u[..., 0])), (2.0 * math.pi) * u[..., 1]
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)[:, :elements]
 
@@ -85,12 +88,22 @@ class TokenNoise:
     step: int
 
     def uniform(self, elements: int) -> Tensor:
-        """The uniforms (R, elements) that :class:`CounterNoise` gives these rows; on a GPU this waits for the seeds."""
-        out = torch.empty(len(self.tokens), elements, dtype=torch.float32, device=self.tokens.device)
-        for seed in torch.unique(self.seeds).tolist():
-            rows = self.seeds == seed
-            out[rows] = uniform(seed, self.tokens[rows], elements, self.step, STREAM_TOKEN)
-        return out
+        """The uniforms (R, elements) that :class:`CounterNoise` gives these rows."""
+        return uniform(self.seeds, self.tokens, elements, self.step, STREAM_TOKEN)
+
+
+@dataclass(frozen=True)
+class LatentNoise:
+    """Counter noise of one denoising step for rows that are not a whole image: seeds (R,) int64, tokens (R,) int64
+    positions, ``step`` in drawing order (0 belongs to the largest timestep)."""
+
+    seeds: Tensor
+    tokens: Tensor
+    step: int
+
+    def normal(self, channels: int) -> Tensor:
+        """The normals (R, channels) that :meth:`CounterNoise.latent` gives these rows."""
+        return normal(self.seeds, self.tokens, channels, self.step, STREAM_LATENT)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,17 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 @triton.jit
 def add_residual_kernel(
     ids,  # (B, N) int64
-    codebook,  # (V, C) float32
-    residual,  # (B, N, C) float32, not read unless HAS_RESIDUAL
+    codebook,  # (V, C)
+    residual,  # (B, N, C), not read unless HAS_RESIDUAL
     out,  # (B, C, N)
     tokens,
     num_codes,
     channels,
+    residual_image,
+    residual_token,
+    residual_channel,
     HAS_RESIDUAL: tl.constexpr,
+    ONE_STEP: tl.constexpr,  # all channels fit in a tile
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -40,29 +44,35 @@ def add_residual_kernel(
     image = (tl.program_id(0) // tiles).to(tl.int64)
     token = tl.program_id(0) % tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    row = image * tokens + token
-    code = tl.load(ids + row, mask=live, other=-1)
+    code = tl.load(ids + image * tokens + token, mask=live, other=-1)
     known = (code >= 0) & (code < num_codes)
+    codes = codebook + code[:, None] * channels
+    added = residual + image * residual_image + token.to(tl.int64)[:, None] * residual_token
 
     square = tl.zeros((BLOCK_TOKENS,), tl.float32)
-    for start in range(0, channels, BLOCK_CHANNELS):
-        channel = start + tl.arange(0, BLOCK_CHANNELS)
-        mask = known[:, None] & (channel < channels)[None, :]
-        x = tl.load(codebook + code[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-        square += tl.sum(x * x, axis=1)
-    norm = tl.sqrt_rn(square)
-    norm = tl.where(norm < 1e-12, 1e-12, norm)  # keeps NaN, which a maximum may drop
+    if not ONE_STEP:
+        for start in range(0, channels, BLOCK_CHANNELS):
+            channel = start + tl.arange(0, BLOCK_CHANNELS)
+            mask = known[:, None] & (channel < channels)[None, :]
+            x = tl.load(codes + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            square += tl.sum(x * x, axis=1)
 
-    for start in range(0, channels, BLOCK_CHANNELS):
+    for start in range(0, BLOCK_CHANNELS if ONE_STEP else channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         inside = (channel < channels)[None, :]
-        x = tl.load(codebook + code[:, None] * channels + channel[None, :], mask=known[:, None] & inside, other=0.0)
+        x = tl.load(codes + channel[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
+        if ONE_STEP:
+            square = tl.sum(x * x, axis=1)
+        norm = tl.sqrt_rn(square)
+        norm = tl.where(norm < 1e-12, 1e-12, norm)  # keeps NaN, which a maximum may drop
         # an id that is not in the codebook becomes NaN: the host does not look at ids
         x = tl.where(known[:, None], tl.div_rn(x, tl.broadcast_to(norm[:, None], x.shape)), float("nan"))
         if HAS_RESIDUAL:
-            x += tl.load(residual + row[:, None] * channels + channel[None, :], mask=live[:, None] & inside, other=0.0)
-        place = (image * channels + channel[:, None]) * tokens + token[None, :]  # (channels, tokens): runs along tokens
-        tl.store(out + place, tl.trans(x).to(out.dtype.element_ty), mask=(channel < channels)[:, None] & live[None, :])
+            place = added + channel.to(tl.int64)[None, :] * residual_channel
+            x += tl.load(place, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        # Read along channels, written along tokens: the transposition goes through shared memory, both are coalesced.
+        target = out + (image * channels + channel[:, None]) * tokens + token[None, :]
+        tl.store(target, tl.trans(x).to(out.dtype.element_ty), mask=(channel < channels)[:, None] & live[None, :])
 
 
 def add_residual(
@@ -73,8 +83,9 @@ def add_residual(
     config: Config | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w) of type ``dtype`` from ids (B, h, w) int64, codebook (V, C) and residual (B, h*w, C) or
-    None, both float32: normalise(codebook[ids]) + residual, NaN where an id is outside 0..V-1. One launch on the
-    current device; formula and checks: ``reference/add_residual.py``, ``ops/add_residual.py``.
+    None, each float32, float16 or bfloat16: normalise(codebook[ids]) + residual, NaN where an id is outside 0..V-1. The
+    residual may have any strides, the others are made contiguous. One launch on the current device; formula and checks:
+    ``reference/add_residual.py``, ``ops/add_residual.py``.
     """
     batch, height, width = ids.shape
     num_codes, channels = codebook.shape
@@ -86,12 +97,14 @@ def add_residual(
     add_residual_kernel[(batch * triton.cdiv(height * width, config.blocks["BLOCK_TOKENS"]),)](
         ids,
         codebook,
-        codebook if residual is None else residual.contiguous(),
+        codebook if residual is None else residual,
         out,
         height * width,
         num_codes,
         channels,
+        *((0, 0, 1) if residual is None else residual.stride()),
         HAS_RESIDUAL=residual is not None,
+        ONE_STEP=channels <= config.blocks["BLOCK_CHANNELS"],
         **config.launch,
     )
     return out
@@ -112,20 +125,27 @@ def cases() -> list[Case]:
 
 
 def offline_variants(capability: int, every: bool = False) -> list[Variant]:
-    """What the full-size model launches: 32 channels, any output type, with and without residual; and the wide tile."""
-    shipped = [(32, dtype, residual) for dtype in DTYPES.values() for residual in (True, False)] + [(64, "fp32", True)]
+    """What the full-size model launches: 32 channels, any type, with and without residual; and the wide tile."""
+    kinds = DTYPES.values()
+    shipped = [("fp32", kind, 32, residual) for kind in kinds for residual in (True, False)]
+    shipped += [(kind, kind, 32, True) for kind in kinds if kind != "fp32"]
+    shipped += [("fp32", "fp32", 64, True), ("fp32", "fp32", 256, True)]
     return [
         Variant(
             name="add_residual",
             dtype=dtype,
-            shape=f"C={channels}{'' if has_residual else ' discrete'}",
+            shape=f"C={channels} from {source}{'' if has_residual else ' discrete'}",
             config=config,
             kernel=add_residual_kernel,
-            signature={"ids": "*i64", "codebook": "*fp32", "residual": "*fp32", "out": f"*{dtype}"}
-            | dict.fromkeys(("tokens", "num_codes", "channels"), "i32"),
-            constexprs={"HAS_RESIDUAL": has_residual},
-            multiples_of_16=("tokens", "num_codes", "channels"),
+            signature={"ids": "*i64", "codebook": f"*{source}", "residual": f"*{source}", "out": f"*{dtype}"}
+            | dict.fromkeys(("tokens", "num_codes", "channels", "residual_image", "residual_token"), "i32"),
+            constexprs={
+                "residual_channel": 1,
+                "HAS_RESIDUAL": has_residual,
+                "ONE_STEP": channels <= config.blocks["BLOCK_CHANNELS"],
+            },
+            multiples_of_16=("tokens", "num_codes", "channels", "residual_image", "residual_token"),
         )
-        for channels, dtype, has_residual in shipped
+        for source, dtype, channels, has_residual in shipped
         for config in TABLE.configs(capability, every, tokens=256, channels=channels)
     ]

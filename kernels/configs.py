@@ -7,6 +7,7 @@ tune`` measured on a GPU comes before them: a file named after the GPU, in the u
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 CONSUMER_LIMIT = 101_376
 INTERPRETED = 90  # tensors on the CPU: Triton's interpreter, which has no capability of its own
 SHIPPED = Path(__file__).with_name("tuned")
+
+logger = logging.getLogger(__name__)
 
 
 class Config(NamedTuple):
@@ -79,11 +82,20 @@ class Table:
 
     def pick(self, device: torch.device, **sizes: int) -> Config:
         """The configuration for a launch on ``device``: tuned on this GPU if it was, else shipped."""
-        key = (device.type, device.index, *sizes.values())
+        key = (device.type, device.index, *sizes.items())
         config = self._picked.get(key)
         if config is None:
-            config = tuned(gpu_name(device)).get(self.name, {}).get(self.bucket(sizes))
-            config = self._picked[key] = config or self.ship(capability(device), **sizes)
+            shipped = self.ship(capability(device), **sizes)
+            config = tuned(gpu_name(device)).get(self.name, {}).get(self.bucket(sizes), shipped)
+            if config.blocks.keys() != shipped.blocks.keys():  # tuned with another version of the kernel
+                logger.warning(
+                    "%s: the tuned configuration %s is ignored, its tiles are not %s; tune again",
+                    self.name,
+                    dict(config.blocks),
+                    ", ".join(shipped.blocks),
+                )
+                config = shipped
+            self._picked[key] = config
         return config
 
     def ship(self, capability: int, **sizes: int) -> Config:
@@ -98,7 +110,9 @@ class Table:
 
     def bucket(self, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
         """The key under which tuned configurations are kept."""
-        return tuple(sorted((k, 1 << max(v - 1, 0).bit_length() if k in self.scaling else v) for k, v in sizes.items()))
+        return tuple(
+            sorted((k, 1 << max(v - 1, 0).bit_length() if k in self.scaling else int(v)) for k, v in sizes.items())
+        )
 
 
 def gpu_class(capability: int) -> str:
@@ -140,25 +154,35 @@ def tuned(gpu: str) -> dict[str, dict[tuple, Config]]:
 
 
 def read(path: Path) -> dict[str, dict[tuple, Config]]:
-    """A file of tuned configurations. ValueError with its name for what is none."""
+    """A file of tuned configurations; keys that it has beyond these are left to their writer. ValueError with its name
+    for what is none."""
     try:
         tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
         return {
             name: {
-                tuple(sorted(entry["sizes"].items())): Config(
-                    {key: int(value) for key, value in entry["blocks"].items()},
-                    int(entry["num_warps"]),
-                    int(entry["num_stages"]),
+                _sizes(entry["sizes"]): Config(
+                    {key: _integer(key, value, 0) for key, value in entry["blocks"].items()},
+                    *(_integer(key, entry[key], 1) for key in ("num_warps", "num_stages")),
                 )
                 for entry in entries
             }
             for name, entries in tables.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no file of tuned configurations ({type(error).__name__}: {error}); delete it, or write it anew "
-            "with dcar-fast bench tune"
+            f"{path} is no file of tuned configurations ({type(error).__name__}: {error}); delete it, dcar-fast bench "
+            "tune writes a new one"
         ) from error
+
+
+def _sizes(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((name, _integer(name, value, 0)) for name, value in sizes.items()))
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r}, no integer of at least {least}")
+    return value
 
 
 def entries(tables: Mapping[str, Mapping[tuple, Config]]) -> dict[str, list[dict[str, Any]]]:

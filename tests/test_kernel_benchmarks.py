@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"vq_lookup": ["--rows", "70", "--codes", "600", "--channels", "9", "--rounds", "2"]}
+SMALL = {"vq_lookup": ["--rows", "70", "--codes", "600", "--channels", "9", "--rounds", "2", "--no-compile"]}
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

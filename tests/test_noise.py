@@ -10,6 +10,7 @@ import torch
 from dcar_fast.noise import (
     STREAM_CHOICE,
     CounterNoise,
+    LatentNoise,
     Noise,
     NoiseShape,
     RecordedNoise,
@@ -190,6 +191,26 @@ def test_token_noise_gives_the_rows_of_counter_noise():
         assert torch.equal(rows, noise.token(step)[images, positions])
     empty = TokenNoise(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0).uniform(10)
     assert empty.shape == (0, 10)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_latent_noise_gives_the_rows_of_counter_noise():
+    seeds = [0, 2**45 + 3, 2**63 - 1]
+    noise = CounterNoise(seeds, **SIZES)
+    for step in (0, 31):
+        images, positions = torch.tensor([2, 0, 1, 1, 0]), torch.tensor([5, 0, 3, 1, 4])
+        rows = LatentNoise(torch.tensor(seeds)[images], positions, step).normal(5)
+        assert torch.equal(rows, noise.latent(step)[images, positions])
+    empty = LatentNoise(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0).normal(5)
+    assert empty.shape == (0, 5)
+
+
+def test_seeds_of_many_rows_are_used_block_by_block():
+    """More rows than are worked on at a time: each block must take its own seeds."""
+    seeds, tokens = torch.arange(70_000) * 977, torch.arange(70_000) % 256
+    rows = LatentNoise(seeds, tokens, 2).normal(4)
+    for row in (0, 65_535, 65_536, 69_999):
+        assert torch.equal(rows[row], normal(int(seeds[row]), tokens[row : row + 1], 4, 2, LATENT)[0])
 
 
 def test_make_noise():

@@ -72,6 +72,7 @@ def test_wheel_holds_the_package(wheel: tuple[Path, str]) -> None:
     site, _ = wheel
     here = {path.relative_to(ROOT) for path in (ROOT / "dcar_fast").rglob("*.py")}
     here |= {Path("dcar_fast", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    here |= {Path("dcar_fast", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("tuned/*.json")}
     here |= {
         path.relative_to(ROOT)
         for kind in ("py.typed", "*.yaml", "*.json", "*.safetensors")

@@ -21,21 +21,20 @@ from _report import commit, environment, percentile, table  # noqa: E402  (its f
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds per call. Every round calls each candidate once, starting with another one each time, so that a busy
-    neighbour slows them alike; two rounds before are not counted."""
-    import torch
+    neighbour slows them alike; rounds before are not counted. On a GPU the time between two events, its cache emptied
+    before: see ``event_timer``."""
+    if device != "cpu":
+        import torch
 
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
+        from dcar_fast.tuning import event_timer
 
+        return event_timer(torch.device(device), rounds)(candidates)
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            wait()
             start = time.perf_counter()
             candidates[name]()
-            wait()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -1,14 +1,16 @@
-"""vq_lookup against what PyTorch offers: every usable backend, cdist + argmin, and matmul + max in blocks.
+"""vq_lookup against PyTorch and libraries: every usable backend; cdist + argmin, and matmul + max in blocks, plain and
+compiled; faiss's exact inner-product index and vector-quantize-pytorch's cosine quantiser where they are installed.
 
     python benchmarks/kernels/vq_lookup.py [--rows 4096 --codes 16384 --channels 32] [--rounds 15] [--device cpu]
 
 First every implementation must find the same codes (up to float64 cosines that differ by less than float32 rounding);
-then they are timed in turns. Ends with one JSON line.
+then they are timed in turns. All of them normalise rows and codes within the timed call. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 import sys
 from collections.abc import Callable
@@ -36,16 +38,21 @@ def by_cdist(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return finish(z, codes, torch.cat([torch.cdist(rows, codes).argmin(1) for rows in z.split(CDIST_ROWS)]))
 
 
-def by_matmul(rows_per_block: int, codes_per_block: int) -> Lookup:
+def best_of(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    found = (rows @ codes.T).max(1)
+    return found.values, found.indices
+
+
+def by_matmul(rows_per_block: int, codes_per_block: int, best_of: Callable = best_of) -> Lookup:
     """Scores of a block at a time, their maximum kept with a strict comparison over the blocks of codes."""
 
     def lookup(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, codes = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
         found = []
         for rows in z.split(rows_per_block):
-            best, ids = (rows @ codes[:codes_per_block].T).max(1)
+            best, ids = best_of(rows, codes[:codes_per_block])
             for start in range(codes_per_block, len(codes), codes_per_block):
-                score, index = (rows @ codes[start : start + codes_per_block].T).max(1)
+                score, index = best_of(rows, codes[start : start + codes_per_block])
                 better = score > best
                 best, ids = torch.where(better, score, best), torch.where(better, index + start, ids)
             found.append(ids)
@@ -54,8 +61,33 @@ def by_matmul(rows_per_block: int, codes_per_block: int) -> Lookup:
     return lookup
 
 
-def implementations(device: str) -> dict[str, Lookup]:
-    """Name -> function of (z, codebook); for backends that cannot run here the reason is printed."""
+def by_faiss(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    z, codes = F.normalize(z, dim=1), F.normalize(codebook, dim=1)
+    index = faiss.IndexFlatIP(codes.shape[1])
+    index.add(codes.numpy())
+    return finish(z, codes, torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0]))
+
+
+def by_vector_quantize_pytorch(codebook: Tensor) -> Lookup:
+    from vector_quantize_pytorch import VectorQuantize
+
+    num_codes, channels = codebook.shape
+    quantizer = VectorQuantize(dim=channels, codebook_size=num_codes, use_cosine_sim=True)
+    quantizer = quantizer.eval().to(codebook.device)
+
+    def lookup(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = F.normalize(codebook, dim=1)
+        quantizer._codebook.embed.copy_(codes[None])
+        return finish(F.normalize(z, dim=1), codes, quantizer(z[None])[1][0])
+
+    return lookup
+
+
+def implementations(device: str, codebook: Tensor, compiled: bool) -> dict[str, Lookup]:
+    """Name -> function of (z, codebook); for what cannot run here the reason is printed."""
     found: dict[str, Lookup] = {}
     for name, (usable, reason) in report(device)["vq_lookup"].items():
         if usable:
@@ -65,6 +97,21 @@ def implementations(device: str) -> dict[str, Lookup]:
     found["torch cdist + argmin"] = by_cdist
     for rows, codes in BLOCKS:
         found[f"torch matmul + max, {rows} x {codes}"] = by_matmul(rows, codes)
+        if compiled:
+            name = f"torch.compile(matmul + max), {rows} x {codes}"
+            found[name] = by_matmul(rows, codes, torch.compile(best_of, dynamic=False))
+    if not compiled:
+        print("not measured: torch.compile: --no-compile")
+    for package, why_not, make in (
+        ("faiss", None if device == "cpu" else "measured on the CPU only", lambda: by_faiss),
+        ("vector_quantize_pytorch", None, lambda: by_vector_quantize_pytorch(codebook)),
+    ):
+        if why_not is None and importlib.util.find_spec(package) is None:
+            why_not = "not installed"
+        if why_not is None:
+            found[package] = make()
+        else:
+            print(f"not measured: {package}: {why_not}")
     return found
 
 
@@ -99,6 +146,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads, for all alike (torch's default)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes its time first")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     arguments = parser.parse_args()
     for name in ("rows", "codes", "channels", "rounds", "threads"):
@@ -112,19 +160,23 @@ def main() -> None:
     z = torch.randn(arguments.rows, arguments.channels, device=arguments.device)
     codebook = torch.randn(arguments.codes, arguments.channels, device=arguments.device)
     memory = extra_memory(z, codebook)
-    candidates = implementations(arguments.device)
+    candidates = implementations(arguments.device, codebook, not arguments.no_compile)
     check_parity(candidates, z, codebook)
     calls = {name: (lambda lookup=lookup: lookup(z, codebook)) for name, lookup in candidates.items()}
     results = summary(interleave(calls, arguments.rounds, arguments.device))
 
     torch_best = min((name for name in results if name.startswith("torch")), key=lambda n: results[n]["median_ms"])
     flop = 2 * arguments.rows * arguments.codes * arguments.channels
+    # rows, codes, ids, codes and residuals once each; what the algorithm reads again is its own affair
+    size = sum(x.nbytes for x in (z, codebook, *vq_lookup(z, codebook)))
     more = {
         "fastest_torch": torch_best,
         "speedup": {n: results[torch_best]["median_ms"] / r["median_ms"] for n, r in results.items() if n in BACKENDS},
         "gflop_per_s": {name: flop / result["median_ms"] / 1e6 for name, result in results.items()},
+        "gb_per_s": {name: size / result["median_ms"] / 1e6 for name, result in results.items()},
+        "dtype": "float32",
         "native_extra_mib": memory,
-        "cpu_isa": _native.module().cpu_isa() if memory is not None else None,
+        "cpu_isa": _native.module().vq_lookup_isas()[0] if memory is not None else None,
     }
     shape = {name: getattr(arguments, name) for name in ("rows", "codes", "channels", "rounds")}
     print_results("vq_lookup", arguments.device, shape, results, **more)

@@ -7,7 +7,6 @@ scale) is an argument of :func:`sample_rows`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dcar_fast.models._checks import check_tensor
-from dcar_fast.reference.denoise_step import denoise_step, guide
-from dcar_fast.reference.diffusion import Schedule
-
-FREQUENCIES = 128
+from dcar_fast.reference.denoise_step import guide, posterior_step
+from dcar_fast.reference.diffusion import FREQUENCIES, Schedule, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,6 @@ class Dialect:
 
 MAR = Dialect("u+s(c-u)", clip=False)
 HART = Dialect("c+s(c-u)", clip=True, scale=0.6)
-
-
-def timestep_embedding(timesteps: Tensor) -> Tensor:
-    """(R,) -> (R, 256) float32: [cos | sin] of t * 10000^(-i/128), i < 128."""
-    exponent = -math.log(10000.0) * torch.arange(FREQUENCIES, dtype=torch.float32, device=timesteps.device)
-    angle = timesteps.float()[:, None] * torch.exp(exponent / FREQUENCIES)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -157,7 +147,7 @@ def sample_rows(
         if guided:
             epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance).repeat(2, 1)
         kept = len(x)
-        x = denoise_step(
+        x = posterior_step(
             x, epsilon[:kept], variance[:kept], noise, schedule, k, temperature=temperature, clip=dialect.clip
         )
         if progress is not None:

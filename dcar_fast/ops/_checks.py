@@ -9,14 +9,18 @@ import torch
 
 def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> None:
     """``value`` must be a tensor of this shape; a string in ``shape`` stands for any size and is its name."""
-    wanted = f"({', '.join(map(str, shape))})"
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}, allowed is a tensor {wanted}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
-    )
+        raise ValueError(f"{name} is a {type(value).__name__}, allowed is a tensor {_text(shape)}")
+    fits = value.dim() == len(shape)
+    for want, size in zip(shape, value.shape, strict=False):  # a loop: this runs on every call, a generator is slower
+        fits = fits and (isinstance(want, str) or want == size)
     if not fits:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is {wanted}")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is {_text(shape)}")
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    """ "(B, 3)". Formed for an error only: torch.compile cannot write out a size that it keeps symbolic."""
+    return f"({', '.join(map(str, shape))})"
 
 
 def check_floating(name: str, value: torch.Tensor) -> None:
@@ -49,3 +53,10 @@ def check_values(name: str, value: torch.Tensor, high: int) -> None:
         least, most = (bound.item() for bound in value.aminmax())
         if least < 0 or most > high:
             raise ValueError(f"{name} has values in {least}..{most}, allowed are 0..{high}")
+
+
+def check_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """For ops that are inference-only: while gradients are recorded, no input may ask for one."""
+    for name, value in tensors.items():
+        if torch.is_grad_enabled() and value is not None and value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which {op} does not have: detach it or use no_grad")

@@ -1,13 +1,18 @@
-"""Argument checks that both sampling ops share."""
+"""What both sampling ops share: argument checks, and the noise as arguments that torch.library knows."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dcar_fast.noise import TokenNoise
-from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor
+from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor, check_values
+
+KERNEL_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+LARGEST_WORD = 2**32 - 1  # tokens and steps are 32-bit words of the noise's counter
 
 
 def check_rows(cond: Tensor, uncond: Tensor | None, columns: int | str) -> None:
@@ -24,12 +29,12 @@ def check_rows(cond: Tensor, uncond: Tensor | None, columns: int | str) -> None:
 
 def check_settings(guidance: float, softmax_temperature: float, tau: float) -> None:
     """guidance finite, softmax_temperature finite and > 0, tau finite and >= 0."""
-    for name, value, ok, allowed in (
-        ("guidance", guidance, lambda x: True, "a finite number"),
-        ("softmax_temperature", softmax_temperature, lambda x: x > 0, "a finite number > 0"),
-        ("tau", tau, lambda x: x >= 0, "a finite number >= 0"),
+    for name, value, ok, allowed in (  # comparisons, which torch.compile traces for numbers that change
+        ("guidance", guidance, lambda x: -math.inf < x < math.inf, "a finite number"),
+        ("softmax_temperature", softmax_temperature, lambda x: 0 < x < math.inf, "a finite number > 0"),
+        ("tau", tau, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     ):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
+        if not isinstance(value, (int, float)) or not ok(value):
             raise ValueError(f"{name} is {value!r}, allowed is {allowed}")
 
 
@@ -40,7 +45,54 @@ def check_noise(noise: Tensor | TokenNoise, cond: Tensor, size: int) -> None:
             check_tensor(name, value, (cond.shape[0],))
             check_int64(name, value)
             check_same_device("cond", cond, name, value)
+        if not isinstance(noise.step, int) or not 0 <= noise.step <= LARGEST_WORD:
+            raise ValueError(f"noise.step is {noise.step!r}, allowed are 0..{LARGEST_WORD}")
         return
     check_tensor("noise", noise, (cond.shape[0], size))
     check_floating("noise", noise)
     check_same_device("cond", cond, "noise", noise)
+
+
+class Draw(NamedTuple):
+    """The noise of R rows: either uniforms (R, V), or seeds and tokens (R,) with a step."""
+
+    uniforms: Tensor | None
+    seeds: Tensor | None
+    tokens: Tensor | None
+    step: int
+
+    @classmethod
+    def of(cls, noise: Tensor | TokenNoise) -> Draw:
+        if isinstance(noise, TokenNoise):
+            return cls(None, noise.seeds, noise.tokens, noise.step)
+        return cls(noise.detach(), None, None, 0)
+
+    def noise(self) -> Tensor | TokenNoise:
+        """As the public functions take it."""
+        if self.uniforms is not None:
+            return self.uniforms
+        assert self.seeds is not None and self.tokens is not None
+        return TokenNoise(self.seeds, self.tokens, self.step)
+
+    def checked(self) -> Draw:
+        """With float32 uniforms, after a look at the counters where they can be seen. For what runs, not for what is
+        traced."""
+        if self.uniforms is not None:
+            return self._replace(uniforms=self.uniforms.float())
+        assert self.seeds is not None and self.tokens is not None
+        check_values("noise.seeds", self.seeds, 2**63 - 1)
+        check_values("noise.tokens", self.tokens, LARGEST_WORD)
+        return self
+
+    def rows(self, start: int, stop: int) -> Draw:
+        return Draw(*(None if x is None else x[start:stop] for x in self[:3]), self.step)
+
+
+def for_kernels(x: Tensor | None) -> Tensor | None:
+    """A type that the kernels read: float64 and float8 become float32."""
+    return x if x is None or x.dtype in KERNEL_DTYPES else x.float()
+
+
+def empty_choice(cond: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (R,) int64 and confidence (R,) float32, not filled."""
+    return cond.new_empty(cond.shape[0], dtype=torch.int64), cond.new_empty(cond.shape[0], dtype=torch.float32)

@@ -10,6 +10,7 @@ from dcar_fast.ops._checks import (
     check_codebook,
     check_floating,
     check_int64,
+    check_no_grad,
     check_same_device,
     check_tensor,
     check_values,
@@ -28,11 +29,13 @@ def add_residual(
 
     out[b, :, y, x] = normalise(codebook[ids[b, y, x]]) + residual[b, y*w + x], with normalise as in ``vq_lookup`` (a
     codebook that is normalised already stays what it is), summed in float32 and rounded once to ``dtype``: float32,
-    float16 or bfloat16. Contiguous. Formula: ``reference/add_residual.py``.
+    float16 or bfloat16. Contiguous. codebook and residual are each of any floating type, float64 is rounded to float32;
+    what is not contiguous is copied, except the residual. Formula: ``reference/add_residual.py``.
 
-    ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together, for ids
-    outside 0..V-1, and for inputs that ask for a gradient, because there is none. On a GPU looking at the ids would
-    mean waiting for it: there the kernels turn a token outside the codebook into NaN, and PyTorch's indexing asserts.
+    Inference only. ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit
+    together, for ids outside 0..V-1, and for inputs that ask for a gradient, because there is none. On a GPU looking at
+    the ids would mean waiting for it: there the kernels turn a token outside the codebook into NaN, and PyTorch's
+    indexing asserts.
     """
     check_tensor("ids", ids, ("B", "h", "w"))
     check_int64("ids", ids)
@@ -45,16 +48,18 @@ def add_residual(
         check_same_device("ids", ids, "residual", residual)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, allowed are {', '.join(map(str, DTYPES))}")
-    for name, value in (("codebook", codebook), ("residual", residual)):
-        if torch.is_grad_enabled() and value is not None and value.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which add_residual does not have: detach it or use no_grad")
+    check_no_grad("add_residual", codebook=codebook, residual=residual)
     return _add_residual(ids, codebook, residual, dtype, backend)
 
 
 def _run(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, backend: str | None) -> Tensor:
-    check_values("ids", ids, len(codebook) - 1)
     run = choose("add_residual", ids.device, backend).run
-    return run(ids, codebook.float(), None if residual is None else residual.float(), dtype)
+    return run(ids, _narrow(codebook), None if residual is None else _narrow(residual), dtype)
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """Of a type that the kernels read."""
+    return values if values.dtype in DTYPES else values.float()
 
 
 def _fake(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, backend: str | None) -> Tensor:
@@ -68,6 +73,7 @@ _add_residual = define(
 
 
 def _run_reference(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    check_values("ids", ids, len(codebook) - 1)  # the C++ kernel looks itself
     return reference.add_residual(ids, codebook, residual, dtype=dtype)
 
 
@@ -84,18 +90,20 @@ def _run_cuda(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: tor
 def _call(kernel, ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, **how: int) -> Tensor:
     batch, height, width = ids.shape
     ids, codebook = ids.contiguous(), codebook.contiguous()
-    residual = None if residual is None else residual.contiguous()
     out = torch.empty(batch, codebook.shape[1], height, width, dtype=dtype, device=ids.device)
     kernel(
         ids=ids.data_ptr(),
         codebook=codebook.data_ptr(),
+        codebook_dtype=DTYPES[codebook.dtype],
         residual=0 if residual is None else residual.data_ptr(),
+        residual_dtype="float32" if residual is None else DTYPES[residual.dtype],
+        residual_strides=(0, 0, 0) if residual is None else residual.stride(),
         out=out.data_ptr(),
+        dtype=DTYPES[dtype],
         batch=batch,
         tokens=height * width,
         num_codes=codebook.shape[0],
         channels=codebook.shape[1],
-        dtype=DTYPES[dtype],
         **how,
     )
     return out

@@ -1,4 +1,4 @@
-"""The diffusion schedule of the residual head: 1000 cosine steps, respaced, in float64.
+"""The diffusion schedule of the residual head: 1000 cosine steps, respaced, in float64; and how a timestep is embedded.
 
 Source: Nichol & Dhariwal, "Improved DDPM" (2021), as the MAR family uses it.
 """
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 TRAINING_STEPS = 1000
+FREQUENCIES = 128  # of the timestep embedding
 
 
 def cosine_betas(steps: int = TRAINING_STEPS) -> np.ndarray:
@@ -47,6 +50,13 @@ def kept_timesteps(spec: int | str, steps: int = TRAINING_STEPS) -> tuple[int, .
     if not kept:
         raise ValueError(f"head_steps: {spec!r} keeps no timestep")
     return tuple(kept)
+
+
+def timestep_embedding(timesteps: Tensor) -> Tensor:
+    """(R,) -> (R, 256) float32: [cos | sin] of t * 10000^(-i/128), i < 128."""
+    exponent = -math.log(10000.0) * torch.arange(FREQUENCIES, dtype=torch.float32, device=timesteps.device)
+    angle = timesteps.float()[:, None] * torch.exp(exponent / FREQUENCIES)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

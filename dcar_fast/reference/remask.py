@@ -17,4 +17,4 @@ def remask(ids: Tensor, confidence: Tensor, num_masked: Tensor, mask_id: int) ->
     nan_first = nan.gather(-1, by_confidence).logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
     order = by_confidence.gather(-1, nan_first)  # (B, N): position of rank r
     ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(ids.shape[-1], device=ids.device).expand_as(order))
-    return ids.masked_fill(ranks < num_masked[:, None], mask_id)
+    return ids.masked_fill(ranks < num_masked[:, None], mask_id).contiguous()

@@ -26,8 +26,8 @@ def sample_from_logits(
 
     logits = (c + guidance (c - u)) / softmax_temperature (without ``uncond``: c / softmax_temperature);
     id = argmax(logits + tau * gumbel(noise)), the lowest on ties; confidence = the id's logit, without noise.
-    ``noise`` holds uniforms (R, V) or is a TokenNoise for the R rows. NaN logits count as -inf; a row without any
-    logit above -inf gives id 0 and confidence -inf.
+    ``noise`` holds uniforms (R, V) or is a TokenNoise for the R rows. NaN, in a logit or a sum, counts as -inf; a row
+    without any sum above -inf gives id 0 and confidence -inf.
     """
     logits = cond.float()
     if uncond is not None:
@@ -35,6 +35,8 @@ def sample_from_logits(
     logits = logits / softmax_temperature
     logits = logits.masked_fill(logits.isnan(), float("-inf"))
     uniforms = noise.uniform(logits.shape[-1]) if isinstance(noise, TokenNoise) else noise.float()
-    ids = (logits + tau * gumbel(uniforms)).argmax(dim=-1)  # (R,)
+    scores = logits + tau * gumbel(uniforms)
+    best, ids = scores.masked_fill(scores.isnan(), float("-inf")).max(dim=-1)  # (R,)
     confidence = logits.gather(-1, ids[:, None])[:, 0]
-    return ids.masked_fill(confidence == float("-inf"), 0), confidence
+    nothing = best == float("-inf")
+    return ids.masked_fill(nothing, 0), confidence.masked_fill(nothing, float("-inf"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcar_fast.models.diffusion_head import HART, MAR, Dialect, DiffusionHead, sample_rows, timestep_embedding
-from dcar_fast.reference.denoise_step import denoise_step, guide
+from dcar_fast.reference.denoise_step import guide, posterior_step
 from dcar_fast.reference.diffusion import diffusion_schedule, kept_timesteps
 from tests.golden_vectors import HEADS, error, head, settings, vectors
 
@@ -246,7 +246,7 @@ def test_one_step_schedule():
     epsilon, x = torch.full((2, 3), 0.25), torch.full((2, 3), 0.5)
     bar = alpha_bars()[0]
     expected = 0.5 / math.sqrt(bar) - math.sqrt(1 / bar - 1) * 0.25  # the mean is the predicted x_0
-    out = denoise_step(x, epsilon, torch.zeros(2, 3), torch.full((2, 3), math.nan), schedule, 0, clip=False)
+    out = posterior_step(x, epsilon, torch.zeros(2, 3), torch.full((2, 3), math.nan), schedule, 0, clip=False)
     assert error(out, torch.full((2, 3), expected)) < 1e-6
 
 
@@ -256,7 +256,7 @@ def test_one_step_schedule():
 def test_denoise_step_in_python_floats(clip, k, temperature):
     torch.manual_seed(k)
     x, epsilon, variance, noise = (torch.randn(4, 3, dtype=torch.float64) for _ in range(4))
-    out = denoise_step(x, epsilon, variance, noise, diffusion_schedule(32), k, temperature=temperature, clip=clip)
+    out = posterior_step(x, epsilon, variance, noise, diffusion_schedule(32), k, temperature=temperature, clip=clip)
     bars = alpha_bars()
     now, before = bars[KEPT_32[k]], bars[KEPT_32[k - 1]] if k else 1.0
     beta = 1 - now / before
@@ -282,7 +282,7 @@ def test_denoise_step_in_python_floats(clip, k, temperature):
 def test_no_noise_in_the_last_step_even_if_it_is_nan():
     x = torch.randn(2, 3)
     nan = torch.full((2, 3), math.nan)
-    assert denoise_step(x, x, x, nan, diffusion_schedule(32), 0).isfinite().all()
+    assert posterior_step(x, x, x, nan, diffusion_schedule(32), 0).isfinite().all()
 
 
 def test_guidance_formulas():

@@ -41,15 +41,24 @@ def test_float64_agrees(shape: tuple[int, ...], dtype: torch.dtype, discrete: bo
     check(kernels.add_residual(ids, codebook, residual, dtype), ids, codebook, residual)
 
 
-@pytest.mark.parametrize("entry", kernels.CONFIGS.values(), ids=str)
+@pytest.mark.parametrize("config", [*kernels.TABLE.candidates, kernels.RULES[-1].config], ids=str)
 @pytest.mark.parametrize("channels", [3, 32, 70])
-def test_every_configuration_gives_the_same(monkeypatch, entry: dict[str, int], channels: int) -> None:
+def test_every_configuration_gives_the_same(config, channels: int) -> None:
     ids, codebook, residual = data(2, 5, 9, 13, channels)
     want = kernels.add_residual(ids, codebook, residual, torch.float32)
-    monkeypatch.setattr(kernels, "config", lambda channels: entry)
-    got = kernels.add_residual(ids, codebook, residual, torch.float32)
+    got = kernels.add_residual(ids, codebook, residual, torch.float32, config=config)
     check(got, ids, codebook, residual)
     assert (got - want).abs().max() <= 5e-7  # the norm may be summed in another order
+
+
+@pytest.mark.parametrize("codes_type", [torch.float32, torch.float16])
+@pytest.mark.parametrize("residual_type", [torch.float32, torch.float16])
+def test_inputs_of_16_bits(codes_type: torch.dtype, residual_type: torch.dtype) -> None:
+    ids, codebook, residual = data(2, 5, 9, 13, 40)
+    codebook, residual = codebook.to(codes_type), residual.to(residual_type)
+    got = kernels.add_residual(ids, codebook, residual, torch.float32)
+    assert torch.equal(got, kernels.add_residual(ids, codebook.float(), residual.float(), torch.float32))
+    check(got, ids, codebook.float(), residual.float())
 
 
 def test_foreign_ids_become_nan() -> None:
@@ -78,15 +87,14 @@ def test_strided_and_empty_inputs() -> None:
         torch.float32,
     )
     assert torch.equal(got, want)
+    channels_first = residual.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(kernels.add_residual(ids, codebook, channels_first, torch.float32), want)
+    once = residual[:1, :1].expand(2, 24, 8)
+    got = kernels.add_residual(ids, codebook, once, torch.float32)
+    assert torch.equal(got, kernels.add_residual(ids, codebook, once.contiguous(), torch.float32))
     assert kernels.add_residual(ids[:0], codebook, residual[:0], torch.float16).shape == (0, 8, 4, 6)
 
 
 def test_table_picks_the_narrowest_tile() -> None:
-    assert [kernels.config(channels)["BLOCK_CHANNELS"] for channels in (1, 32, 33, 64, 65, 1000)] == [
-        32,
-        32,
-        64,
-        64,
-        64,
-        64,
-    ]
+    configs = [kernels.TABLE.ship(90, tokens=256, channels=channels) for channels in (1, 32, 33, 64, 65, 1000)]
+    assert [config.blocks["BLOCK_CHANNELS"] for config in configs] == [32, 32, 64, 64, 64, 64]

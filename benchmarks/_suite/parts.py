@@ -1,0 +1,233 @@
+"""What the suite runs: each part is one or several steps, and a step is one command and a judgement on its output."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from _report import ROOT
+
+from _suite import judge
+from _suite.process import Done
+
+PYTHON = sys.executable
+KERNELS = ROOT / "benchmarks" / "kernels"
+NO_BENCHMARKS = {"resources", "overhead"}  # modules of that folder that are no op's, and parts of their own
+GPU_PARTS = ("build", "ceilings", "warmup", "tests", "kernels", "latency", "throughput", "sanitizer", "profile")
+CPU_PARTS = ("build", "ceilings", "kernels", "overhead", "latency", "throughput", "resources")
+PARTS = (*GPU_PARTS, "overhead", "resources", "tune")
+
+# Sizes at which a kernel benchmark takes seconds on a CPU; the ones that are not named here run at their own.
+DECODER = ("--channels", "32", "--side", "16", "--rounds", "3", "--no-compile")
+SMALL = {
+    "add_residual": ("--batch", "2", "--rounds", "5", "--no-compile"),
+    "channel_norm": DECODER,
+    "cross_attention": ("--batch", "1", "--queries", "64", "--keys", "70", "--heads", "2", "--rounds", "3"),
+    "denoise_step": ("--rows", "16", "--width", "128", "--depth", "2", "--rounds", "3", "--no-compile"),
+    "depthwise_gate": DECODER,
+    "relu_linear_attention": DECODER,
+    "remask": ("--rounds", "5", "--no-compile"),
+    "self_attention": ("--batch", "1", "--tokens", "64", "--heads", "2", "--rounds", "3"),
+    "upsample_shortcut": (*DECODER, "--inputs", "64"),
+    "vq_lookup": ("--rows", "256", "--codes", "2048", "--rounds", "3", "--no-compile"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. ``limit``: its seconds at most; ``least``: what must be left of the suite's time to begin it;
+    ``missing``: why it cannot run here."""
+
+    name: str
+    part: str
+    command: tuple[str, ...]
+    judge: Callable[[Done], judge.Outcome]
+    limit: float
+    least: float = 10
+    environment: Mapping[str, str] = field(default_factory=dict)
+    missing: str | None = None
+
+
+class Plan(NamedTuple):
+    """What the steps depend on. ``tools``: paths by name, from the environment part."""
+
+    device: str
+    quick: bool
+    out: Path
+    scratch: Path
+    tools: Mapping[str, str | None]
+    no_gpu: str | None
+    ops: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> bool:
+        return self.quick or self.device == "cpu"
+
+
+def steps(parts: tuple[str, ...], plan: Plan) -> list[Step]:
+    """The steps of ``parts``, in their order; on a CPU those that need a GPU say so."""
+    makers = {
+        "build": build,
+        "ceilings": ceilings,
+        "warmup": warmup,
+        "tests": tests,
+        "kernels": kernels,
+        "overhead": overhead,
+        "latency": latency,
+        "throughput": throughput,
+        "sanitizer": sanitizer,
+        "profile": profile,
+        "resources": resources,
+        "tune": tune,
+    }
+    return [step for part in parts for step in makers[part](plan)]
+
+
+# The parts
+
+
+def gpu_needed(plan: Plan) -> str | None:
+    return f"needs a GPU: {plan.no_gpu}" if plan.device == "cpu" else None
+
+
+def build(plan: Plan) -> list[Step]:
+    """As the README says for machines without a network; where pip cannot, the native module alone, in place."""
+    pip = f"{PYTHON} -m pip install --no-build-isolation --no-deps -e ."
+    alone = f"{PYTHON} setup.py -q build_ext --inplace"
+    script = f"{pip} || {{ echo; echo 'pip failed; building the native module in place'; {alone}; }}"
+    return [Step("build", "build", ("sh", "-c", script), judge.finished, limit=200, least=60)]
+
+
+def ceilings(plan: Plan) -> list[Step]:
+    quick = ("--quick",) if plan.quick else ()
+    command = (PYTHON, "benchmarks/ceilings.py", "--device", plan.device, *quick)
+    return [Step("ceilings", "ceilings", command, judge.last_json, limit=60)]
+
+
+def warmup(plan: Plan) -> list[Step]:
+    code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda')"
+    command, missing = (PYTHON, "-c", code), gpu_needed(plan)
+    return [Step("warmup", "warmup", command, judge.warmup, limit=150, least=30, missing=missing)]
+
+
+def tests(plan: Plan) -> list[Step]:
+    """The tests that need a GPU, in several processes where pytest-xdist is installed: compiling takes the time. Files
+    without such tests may need packages that a GPU machine lacks, so they are not even collected."""
+    report = plan.scratch / "junit.xml"
+    command = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "4"]
+    command += [str(path.relative_to(ROOT)) for path in gpu_tests()]
+    judgement, missing = partial(judge.tests, report=report), gpu_needed(plan)
+    return [Step("tests", "tests", tuple(command), judgement, limit=180, least=40, missing=missing)]
+
+
+def gpu_tests() -> list[Path]:
+    """The test files that mark a test for the GPU."""
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [path for path in found if "@pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+
+
+def kernels(plan: Plan) -> list[Step]:
+    """Every benchmark of benchmarks/kernels, at its own sizes on a GPU."""
+    made = []
+    for op in plan.ops or kernel_benchmarks():
+        sizes = SMALL.get(op, ()) if plan.small else ()
+        command = (PYTHON, f"benchmarks/kernels/{op}.py", "--device", plan.device, *sizes)
+        made.append(Step(f"kernels {op}", "kernels", command, judge.last_json, limit=90, least=15))
+    return made
+
+
+def kernel_benchmarks() -> list[str]:
+    """The modules of benchmarks/kernels that time something."""
+    return sorted(path.stem for path in KERNELS.glob("[!_]*.py") if path.stem not in NO_BENCHMARKS)
+
+
+def overhead(plan: Plan) -> list[Step]:
+    """What a call costs beside its work, on the CPU; not among a GPU's parts unless it is named."""
+    few = ("--calls", "100", "--repeats", "2") if plan.quick else ()
+    return [Step("overhead", "overhead", (PYTHON, "benchmarks/kernels/overhead.py", *few), judge.last_json, limit=60)]
+
+
+def generation(plan: Plan, name: str, batch: int) -> Step:
+    """latency.py or throughput.py, with as few runs as give a median."""
+    rows = ["--rows", "eager-bfloat16", "--bs", str(batch)]
+    if plan.small:
+        work = ["--preset", "shapes", "--steps", "2", "--warmup", "0", "--repeats", "2"]
+    else:
+        work = ["--preset", "dc-ar-512", "--warmup", "1", "--repeats", "3"]
+    command = (PYTHON, f"benchmarks/{name}.py", "--device", plan.device, *work, *rows)
+    return Step(name, name, command, judge.last_json, limit=120, least=40)
+
+
+def latency(plan: Plan) -> list[Step]:
+    return [generation(plan, "latency", 1)]
+
+
+def throughput(plan: Plan) -> list[Step]:
+    return [generation(plan, "throughput", 4 if plan.small else 16)]
+
+
+def sanitizer(plan: Plan) -> list[Step]:
+    """Out-of-bounds accesses and races, in a few kernel tests of every op: instrumented code is many times slower."""
+    path = plan.tools.get("compute-sanitizer")
+    missing = gpu_needed(plan) or (None if path else "compute-sanitizer is not installed")
+    pytest = (PYTHON, "-m", "pytest", "-p", "_suite.subset", "-p", "no:cacheprovider", "-m", "gpu", "-v", "tests/ops")
+    made = []
+    for tool, per_file in (("memcheck", "2"), ("racecheck", "1")):
+        environment = {"SUITE_PER_FILE": per_file}
+        if tool == "memcheck":
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # inside torch's own blocks nothing is out of bounds
+        command = (path or "", "--tool", tool, "--error-exitcode", "99", *pytest)
+        name = f"sanitizer {tool}"
+        made.append(Step(name, "sanitizer", command, judge.sanitizer, 100, 30, environment, missing))
+    return made
+
+
+def profile(plan: Plan) -> list[Step]:
+    """Nsight Compute over one launch of every kernel's cases; where it is missing, PyTorch's profiler."""
+    missing = gpu_needed(plan)
+    ncu = plan.tools.get("ncu")
+    if not ncu:
+        command = (PYTHON, "-m", "_suite.profile")
+        return [Step("profile", "profile", command, judge.profile, limit=90, least=30, missing=missing)]
+    code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda')"
+    command = (
+        ncu,
+        *("--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(judge.METRICS)),
+        *("--kernel-name", f"regex:^({'|'.join(triton_kernels())})$", PYTHON, "-c", code),
+    )
+    return [Step("profile", "profile", command, judge.ncu, limit=120, least=40, missing=missing)]
+
+
+def triton_kernels() -> list[str]:
+    """The names of the functions in kernels/ that are compiled, which are the names of the kernels on the GPU."""
+    names = []
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
+                names.append(node.name)
+    return names
+
+
+def resources(plan: Plan) -> list[Step]:
+    """Registers and shared memory of what ships; the GPU's own row of the matrix in a quick run."""
+    path = plan.out / "resources.json"
+    quick = ("--targets", "90") if plan.quick else ()
+    command = (PYTHON, "benchmarks/kernels/resources.py", "--json", str(path), *quick)
+    return [Step("resources", "resources", command, judge.resources, limit=900, least=60)]
+
+
+def tune(plan: Plan) -> list[Step]:
+    """Not among the default parts: takes what time is left, and changes what later runs measure only by its file."""
+    path = plan.out / "tuned.json"
+    code = "import pathlib, sys; from dcar_fast.tuning import run_tune; "
+    code += f"run_tune('cuda', '', pathlib.Path({str(path)!r}), 4)"
+    return [Step("tune", "tune", (PYTHON, "-c", code), judge.finished, limit=300, least=120, missing=gpu_needed(plan))]

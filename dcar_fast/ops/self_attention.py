@@ -1,0 +1,107 @@
+"""Self-attention with normalised queries and keys, from the output of the qkv projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dcar_fast.ops._attention import check_type, choose_for
+from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor
+from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
+from dcar_fast.ops._library import define
+from dcar_fast.reference import self_attention as reference
+
+
+def self_attention(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(LN(q) LN(k)^T (D / heads)^-0.5) v per head, for [q | k | v] = qkv: (B, N, D) in qkv's dtype, contiguous.
+
+    qkv (B, N, 3D) of float32, float16, bfloat16 or float64 (which only the reference runs), D a multiple of ``heads``;
+    weights and biases (D,), of any floating type, of LayerNorms over all D, before the split into heads; ``eps``
+    is added to the variance. All on one device, with any strides. Statistics, softmax and sums are float32. Formula:
+    ``reference/self_attention.py``.
+
+    ``k_bias`` adds the same to all scores of a query, so it changes nothing: the kernels do not read it, and its
+    gradient is zero up to rounding. In float16 and bfloat16 they subtract the mean of a key after the product with the
+    query, whose float32 rounding shows where a key row's mean is thousands of times its deviation.
+
+    Differentiable in all tensors: the backward keeps the inputs alone and computes the weights again in PyTorch, in
+    float32, on every backend. It holds four (B, heads, N, N) float32 matrices at a time, 16 B heads N^2 bytes.
+
+    ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together.
+    """
+    check_tensor("qkv", qkv, ("B", "N", "3D"))
+    check_type("qkv", qkv)
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads is {heads!r}, allowed are integers of at least 1")
+    if not qkv.shape[2] or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, allowed is (B, N, 3D) with D a multiple of heads, {heads}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, allowed are numbers of at least 0")
+    norms = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    for name, value in norms.items():
+        check_tensor(name, value, (qkv.shape[2] // 3,))
+        check_floating(name, value)
+        check_same_device("qkv", qkv, name, value)
+    return _self_attention(qkv, q_weight, q_bias, k_weight, k_bias, heads, eps, backend)
+
+
+def _run(qkv: Tensor, *arguments: Any) -> Tensor:
+    *arguments, backend = arguments
+    return choose_for("self_attention", qkv, backend).run(qkv, *arguments)
+
+
+def _fake(qkv: Tensor, *arguments: Any) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.heads, ctx.eps = inputs[5:7]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = reference.self_attention_backward(grad, *ctx.saved_tensors, heads=ctx.heads, eps=ctx.eps)
+    return *found, None, None, None
+
+
+_self_attention = define(
+    "self_attention(Tensor qkv, Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, int heads, float eps,"
+    " str? backend) -> Tensor",
+    _run,
+    _fake,
+    backward=_backward,
+    setup_context=_keep,
+)
+
+
+def _run_reference(
+    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, heads: int, eps: float
+) -> Tensor:
+    return reference.self_attention(qkv, q_weight, q_bias, k_weight, k_bias, heads=heads, eps=eps).contiguous()
+
+
+def _run_triton(
+    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, heads: int, eps: float
+) -> Tensor:
+    from dcar_fast.kernels.self_attention import self_attention as kernel  # triton is loaded on use only
+
+    with current(qkv.device):
+        return kernel(qkv, q_weight, q_bias, k_weight, heads, eps)
+
+
+register(
+    "self_attention",
+    Backend("triton", _run_triton, triton_usable, launches=2),
+    Backend("reference", _run_reference, everywhere),
+)
