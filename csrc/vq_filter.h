@@ -8,8 +8,9 @@
 //   |F(c) - x.c|      <=  C 2^-24 / (1 - C 2^-24) |x| |c| + C 2^-149              a chain of C rounded operations
 //
 // Call the sum of both right-hand sides B. If F(c) is the largest score and u the code with the largest integer score,
-// then s t A(c) >= F(c) - B >= F(u) - B >= s t A(u) - 2 B. So the winner, and every code that ties with it, lies at most
-// window = 2 B / (s t) below A(u), and even further above whatever was the largest integer score before u was seen.
+// then s t A(c) >= F(c) - B >= F(u) - B >= s t A(u) - 2 B. So the winner, and every code that ties with it, lies at
+// most window = 2 B / (s t) below A(u). Before u was seen the largest integer score was smaller, so nothing that may
+// win falls below the threshold of that moment either.
 // |e| and D are measured, not assumed, and everything is rounded up.
 //
 // The unsigned operand of the instruction is q + 128: that adds 128 (p_1 + ... + p_C), the same for every code. A code

@@ -36,7 +36,8 @@ struct Buffer {
   int64_t stride;
   std::unique_ptr<T[], Free> memory;
 
-  explicit Buffer(int64_t count, int64_t threads = 1) : stride(divide_up(count * sizeof(T), kLine) * kLine / sizeof(T)) {
+  explicit Buffer(int64_t count, int64_t threads = 1)
+      : stride(divide_up(count * sizeof(T), kLine) * kLine / sizeof(T)) {
     memory.reset(static_cast<T*>(std::aligned_alloc(kLine, std::max<int64_t>(stride * threads * sizeof(T), kLine))));
     if (memory == nullptr) throw std::bad_alloc();
   }
@@ -252,11 +253,12 @@ void vq_lookup(const VqVectors& z, const VqVectors& codebook, int64_t* ids, floa
 #ifdef DCAR_FAST_X86
       if (filtering) {
 #pragma omp for schedule(static) reduction(max : error)
-        for (int64_t b = 0; b < num_blocks; ++b)
-          error = std::max(error, vq_quantise_codes(packed.get() + b * block_floats,
-                                                    codebook.count - (first_block + b) * kernel.codes, channels,
-                                                    largest / 127.0f, bytes.bytes.get() + b * groups * 4 * kVqFilterCodes,
+        for (int64_t b = 0; b < num_blocks; ++b) {
+          const int64_t count = codebook.count - (first_block + b) * kernel.codes;
+          error = std::max(error, vq_quantise_codes(packed.get() + b * block_floats, count, channels, largest / 127.0f,
+                                                    bytes.bytes.get() + b * groups * 4 * kVqFilterCodes,
                                                     bytes.bias.get() + b * kVqFilterCodes));
+        }
 #pragma omp single
         bytes.step = largest / 127.0f, bytes.error = error;
       }

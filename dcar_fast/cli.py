@@ -197,6 +197,8 @@ class _KernelCommand:
     """Such as cuda:1; "auto" takes the current GPU."""
     match: str = ""
     """Only kernels, dtypes and shapes that contain this text, such as "vq_lookup" or "bf16"."""
+    jobs: int | None = None
+    """Processes that compile; by default one for each core, up to eight."""
 
 
 @dataclass(kw_only=True)
@@ -204,9 +206,9 @@ class Warmup(_KernelCommand):
     """Compile every kernel for the full-size shapes, so that no first call waits for it."""
 
     def run(self) -> None:
-        from dcar_fast.tuning import run_warmup
+        from dcar_fast.tuning import JOBS, run_warmup
 
-        run_warmup(self.device, self.match)
+        run_warmup(self.device, self.match, JOBS if self.jobs is None else self.jobs)
 
 
 @dataclass(kw_only=True)
@@ -219,9 +221,9 @@ class Tune(_KernelCommand):
     """Begin nothing new after that long."""
 
     def run(self) -> None:
-        from dcar_fast.tuning import run_tune
+        from dcar_fast.tuning import JOBS, run_tune
 
-        run_tune(self.device, self.match, self.output, self.minutes)
+        run_tune(self.device, self.match, self.output, self.minutes, JOBS if self.jobs is None else self.jobs)
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -33,6 +36,7 @@ from dcar_fast.ops._dispatch import current, triton_usable
 
 MARGIN = 0.02  # share of the time that a candidate must save, and may lose in no case, to replace what ships
 ROUNDS = 30
+JOBS = min(8, os.cpu_count() or 1)  # processes that compile; each takes some GPU memory as well
 # Allowed |difference| / (|value| + root mean square) between two tilings, which add the same numbers in another order.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # What Triton raises, by name, for a configuration that this GPU has no room for.
@@ -123,9 +127,11 @@ def warmup(
     *,
     watch: Callable[[], AbstractContextManager[list[bool]]],
     wait: Callable[[], object],
+    config: Config | None = None,
 ) -> Iterator[Warm]:
-    """Launches each case once with the table's own configuration. ``watch`` collects, for each kernel that becomes
-    ready, whether it came from the cache (``kernels/_watch.py``); ``wait`` returns when the device is done."""
+    """Launches each case once, with the table's own configuration unless ``config`` is given. ``watch`` collects, for
+    each kernel that becomes ready, whether it came from the cache (``kernels/_watch.py``); ``wait`` returns when the
+    device is done."""
     for named in cases:
         launch = named.case.prepare(device)
         wait()
@@ -133,7 +139,7 @@ def warmup(
         with watch() as ready:
             start = time.perf_counter()
             try:
-                launch(None)
+                launch(config)
                 wait()
             except Exception as error:
                 failure = unfit(error, str(named))
@@ -150,19 +156,57 @@ def unfit(error: Exception, what: str) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+class Job(NamedTuple):
+    """A launch for another process: the case's number among ``all_cases(match)`` and its candidate's, or SHIPPED."""
+
+    device: str
+    match: str
+    number: int
+    candidate: int = SHIPPED
+
+
+def launch_job(job: Job) -> Warm:
+    """Launches once; what that compiles is in the cache on disk from then on, for every process."""
+    from dcar_fast.kernels._watch import compilations
+
+    device, named = torch.device(job.device), all_cases(job.match)[job.number]
+    config = None if job.candidate == SHIPPED else named.case.table.candidates[job.candidate]
+    with current(device):
+        wait = partial(torch.cuda.synchronize, device)
+        (warm,) = warmup([named], device, watch=compilations, wait=wait, config=config)
+    torch.cuda.empty_cache()  # the processes share the GPU
+    return warm
+
+
+@contextmanager
+def compilers(jobs: int) -> Iterator[Executor]:
+    """Processes for :func:`launch_job`: compiling takes a core each, and far longer than the launch."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))  # CUDA does not survive a fork
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 # Tuning
 
 
-def tune(cases: Iterable[Named], device: torch.device, timer: Timer) -> Iterator[Choice]:
+def tune(
+    cases: Iterable[Named],
+    device: torch.device,
+    timer: Timer,
+    ahead: Callable[[list[Named]], object] = lambda group: None,
+) -> Iterator[Choice]:
     """The best configuration for each table and bucket among ``cases``, which share it: a candidate replaces what
     ships if it gives the same results, is more than ``MARGIN`` faster in the geometric mean of the cases, and in none
-    of them slower by more than that."""
-    groups: dict[tuple, list[Case]] = {}
-    for _, case in cases:
-        groups.setdefault((case.table.name, case.table.bucket(case.sizes)), []).append(case)
+    of them slower by more than that. ``ahead`` is called with the cases that come next, and may compile for them."""
+    groups: dict[tuple, list[Named]] = {}
+    for named in cases:
+        groups.setdefault((named.case.table.name, named.case.table.bucket(named.case.sizes)), []).append(named)
     capability = configs.capability(device)
     for group in groups.values():
-        yield _tune_group(group, device, capability, timer)
+        ahead(group)
+        yield _tune_group([named.case for named in group], device, capability, timer)
 
 
 def _tune_group(group: list[Case], device: torch.device, capability: int, timer: Timer) -> Choice:
@@ -316,30 +360,40 @@ def _versions() -> dict[str, str]:
 # The commands
 
 
-def run_warmup(device: str = "auto", match: str = "") -> None:
-    """``dcar-fast bench warmup``: prints a line per case. ValueError without a GPU, or if a launch does not fit it."""
+def check_jobs(jobs: int) -> None:
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+
+
+def run_warmup(device: str = "auto", match: str = "", jobs: int = JOBS) -> None:
+    """``dcar-fast bench warmup`` in ``jobs`` processes: prints a line per case. ValueError without a GPU, or if a
+    launch does not fit it."""
+    check_jobs(jobs)
     target = gpu(device)
     cases = all_cases(match)
-    from dcar_fast.kernels._watch import compilations
-
     done: list[Warm] = []
     print(f"{torch.cuda.get_device_name(target)}: {len(cases)} launches")
-    with current(target):
-        for warm in warmup(cases, target, watch=compilations, wait=lambda: torch.cuda.synchronize(target)):
+    start = time.perf_counter()
+    with compilers(jobs) as pool:
+        for warm in pool.map(launch_job, [Job(str(target), match, number) for number in range(len(cases))]):
             done.append(warm)
             state = warm.failure or f"{warm.compiled} compiled, {warm.cached} from the cache"
             print(f"{warm.name:<60} {warm.seconds:8.3f} s  {state}", flush=True)
     print(
         f"{sum(w.compiled for w in done)} kernels compiled, {sum(w.cached for w in done)} from the cache, "
-        f"{sum(w.seconds for w in done):.1f} s"
+        f"{time.perf_counter() - start:.1f} s"
     )
     if failed := [warm.name for warm in done if warm.failure]:
         raise ValueError(f"{len(failed)} of {len(done)} launches do not fit this GPU: {', '.join(failed)}")
 
 
-def run_tune(device: str = "auto", match: str = "", output: Path | None = None, minutes: float = math.inf) -> None:
-    """``dcar-fast bench tune``: writes after every table and bucket, and begins no further one after ``minutes``.
-    ValueError without a GPU, for a file that is none of ours, and if a shipped configuration does not fit."""
+def run_tune(
+    device: str = "auto", match: str = "", output: Path | None = None, minutes: float = math.inf, jobs: int = JOBS
+) -> None:
+    """``dcar-fast bench tune``: compiles in ``jobs`` processes, which are idle while it measures; writes after every
+    table and bucket, and begins no further one after ``minutes``. ValueError without a GPU, for a file that is none of
+    ours, and if a shipped configuration does not fit."""
+    check_jobs(jobs)
     if not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
     target = gpu(device)
@@ -351,8 +405,14 @@ def run_tune(device: str = "auto", match: str = "", output: Path | None = None, 
     print(f"{torch.cuda.get_device_name(target)}: {len(cases)} cases, results go to {path}")
     deadline = time.monotonic() + 60 * minutes
     failed, tuned = [], 0
-    with current(target):
-        for choice in tune(cases, target, event_timer(target)):
+    with current(target), compilers(jobs) as pool:
+
+        def ahead(group: list[Named]) -> None:
+            tried = [(cases.index(named), named.case.table.candidates) for named in group]
+            todo = [Job(str(target), match, case, number) for case, found in tried for number in range(-1, len(found))]
+            list(pool.map(launch_job, todo))
+
+        for choice in tune(cases, target, event_timer(target), ahead):
             print(choice, flush=True)
             tuned += choice.tuned
             if choice.failure:

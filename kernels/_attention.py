@@ -40,7 +40,7 @@ def table(name: str) -> Table:
     blackwell = rules(blocks(128, 64, 8, 3), blocks(128, 64, 8, 3), blocks(64, 32, 8))
     shipped = {
         "consumer": rules(blocks(128, 64, 8), blocks(64, 32, 4), blocks(32, 16, 4)),
-        "datacenter": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(64, 16, 4)),
+        "datacenter": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(32, 16, 4)),
         "sm_90": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(64, 32, 4)),
         "sm_100": blackwell,
         "sm_103": blackwell,

@@ -62,11 +62,7 @@ HIDDEN = Table(
     ),
     candidates=(
         *(hidden_linear(1, m, n, k, 4, s) for m in (32, 64) for n in (32, 64) for k in (32, 64) for s in (2, 3)),
-        *(
-            hidden_linear(0, *tile, s)
-            for tile in ((64, 64, 64, 4), (128, 64, 64, 4), (128, 128, 64, 8))
-            for s in (3, 4)
-        ),
+        *(hidden_linear(0, *tile) for tile in ((64, 32, 32, 4, 3), (64, 64, 64, 4, 3), *LARGE)),
     ),
     scaling=("rows",),
 )

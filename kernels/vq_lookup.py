@@ -54,7 +54,7 @@ TABLE = Table(
     scaling=("rows", "codes"),
 )
 PREPARE = Config({"BLOCK": 64}, num_warps=4)
-FINISH = Config({"BLOCK": 16, "BLOCK_SHARES": 64}, num_warps=4)
+FINISH = Config({"BLOCK": 16, "BLOCK_SHARES": 128}, num_warps=4)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SCALE = tl.constexpr(2048.0)
 NO_CODE = tl.constexpr(2147483647)  # beyond every id

@@ -360,7 +360,8 @@ def test_the_steps_of_a_gpu(module, tmp_path: Path) -> None:
     wanted = {
         f"kernels {stem}" for stem in benchmarks if not stem.startswith("_") and stem not in ("resources", "overhead")
     }
-    assert {name for name in names if name.startswith("kernels ")} == wanted
+    assert {" ".join(name.split()[:2]) for name in names if name.startswith("kernels ")} == wanted
+    assert "kernels denoise_step --rows 8192 --no-compile" in names
     for step in found:
         assert 0 < step.least <= step.limit
         for word in step.command:
@@ -390,7 +391,7 @@ def test_on_a_cpu_the_others_say_why(module, tmp_path: Path) -> None:
 
 def test_small_sizes_are_for_benchmarks_that_exist(module) -> None:
     parts = module("_suite.parts")
-    assert set(parts.SMALL) <= set(parts.kernel_benchmarks())
+    assert set(parts.SMALL) <= set(parts.kernel_benchmarks()) and set(parts.FULL) <= set(parts.kernel_benchmarks())
 
 
 def test_a_few_tests_of_every_file(tmp_path: Path) -> None:

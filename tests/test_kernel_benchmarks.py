@@ -10,7 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"vq_lookup": ["--rows", "70", "--codes", "600", "--channels", "9", "--rounds", "2", "--no-compile"]}
+ATTENTION = "--batch 2 --heads 2 --head-size 5 --rounds 2 --dtype float32 --no-compile"
+IMAGES = "--batch 3 --side 5 --rounds 2 --no-compile"
+SMALL = {
+    "add_residual": "--batch 2 --tokens 9 --channels 5 --codes 30 --rounds 2 --no-compile",
+    "channel_norm": f"{IMAGES} --channels 33",
+    "cross_attention": f"{ATTENTION} --queries 7 --keys 9",
+    "denoise_step": "--rows 6 --width 40 --depth 1 --channels 3 --rounds 2 --no-compile",
+    "depthwise_gate": f"{IMAGES} --channels 5",
+    "relu_linear_attention": f"{IMAGES} --channels 64",
+    "remask": "--rows 3 --tokens 10 --rounds 2 --no-compile",
+    "sample_from_logits": "--rows 5 --codes 60 --rounds 2 --no-compile",
+    "sample_tokens": "--rows 5 --width 12 --codes 60 --rounds 2 --no-compile",
+    "self_attention": f"{ATTENTION} --tokens 9",
+    "upsample_shortcut": f"{IMAGES} --channels 6 --inputs 8",
+    "vq_lookup": "--rows 70 --codes 600 --channels 9 --rounds 2 --no-compile",
+}
+NO_OPS = {"cpu", "overhead", "resources"}  # in tests of their own
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,12 +36,12 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_benchmark_is_here() -> None:
     folder = ROOT / "benchmarks" / "kernels"
-    assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(SMALL)
+    assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(SMALL) | NO_OPS
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_runs(name: str) -> None:
-    done = run(name, *SMALL[name])
+    done = run(name, *SMALL[name].split())
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == name and line["versions"]["torch"] and line["hardware"]
@@ -54,3 +70,24 @@ benchmark.check_parity({"right": benchmark.by_cdist, "wrong": wrong}, z, codeboo
 def test_bad_arguments() -> None:
     done = run("vq_lookup", "--rows", "0")
     assert done.returncode == 2 and "--rows must be at least 1, got 0" in done.stderr
+
+
+def test_overhead() -> None:
+    done = run("overhead", "--calls", "3", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert set(line["results"]) == {"add_residual", "remask", "sample_from_logits", "vq_lookup"}
+    for microseconds in line["results"].values():
+        assert microseconds["public_us"] > 0 and microseconds["bare_us"] > 0
+    done = run("overhead", "--calls", "0")
+    assert done.returncode == 2 and "--calls must be at least 1, got 0" in done.stderr
+
+
+def test_cpu_benchmarks_collect_and_run() -> None:
+    """Every CPU op on every backend that runs here, once and untimed."""
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    file = ROOT / "benchmarks" / "kernels" / "cpu.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(file), "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, "-o", "addopts="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "skipped" not in done.stdout and "failed" not in done.stdout

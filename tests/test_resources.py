@@ -173,6 +173,6 @@ def test_the_summary(resources) -> None:
     assert resources.markdown(rows).splitlines() == [
         "| kernel | sm_80 | sm_90 |",
         "|---|---|---|",
-        "| `op.part` | 90, 0 | 104-168, 66 K, HGMMA+HMMA |",
+        "| `op.part` | 90, 0 B | 104-168, 66 K, HGMMA+HMMA |",
         "| `remask` (CUDA C++) | - | 30, 4 K, **spills (2 instructions, 0 bytes of stack)** |",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +320,37 @@ def test_warmup_goes_on_after_a_launch_that_does_not_fit(monkeypatch: pytest.Mon
     assert [warm.failure for warm in done] == ["out of resource: registers"] * 2
 
 
+def test_warmup_in_processes(main, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """With a made-up pool and GPU: every case is a job, and one that does not fit is an error at the end."""
+    kernel, bad = Kernel({16: 1.0}), Kernel({16: 1.0}, "bad")
+
+    def full(config):
+        raise OutOfResources("out of resource: registers\nmore")
+
+    bad.launch = full
+    monkeypatch.setattr(tuning, "gpu", lambda device: CPU)
+    monkeypatch.setattr(tuning, "all_cases", lambda match: [kernel.case("a"), bad.case("b"), kernel.case("c")])
+    monkeypatch.setattr(tuning, "current", lambda device: nullcontext())
+    monkeypatch.setattr(tuning, "compilers", lambda jobs: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made up")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    assert main(["bench", "warmup"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Made up: 3 launches\nfake a ") and kernel.launched == [None, None]
+    assert captured.out.splitlines()[-1].startswith("0 kernels compiled, 0 from the cache, ")
+    assert "error: 1 of 3 launches do not fit this GPU: bad b" in captured.err
+    assert tuning.launch_job(tuning.Job("cpu", "", 0)).failure is None
+    kernel.table = Table("fake", kernel.table.shipped, (SLOW, FAST), ("rows",))
+    tuning.launch_job(tuning.Job("cpu", "", 2, candidate=1))
+    assert kernel.launched[-1] == 32
+
+
+def test_compilers_are_processes() -> None:
+    with tuning.compilers(2) as pool:
+        assert pool.submit(os.getppid).result(timeout=120) == os.getpid()
+
+
 def test_compilations_are_seen() -> None:
     """Triton's compiler, which needs no GPU, tells the list."""
     pytest.importorskip("triton", reason="triton is not installed")
@@ -378,6 +410,7 @@ def test_tune_refuses_before_any_work(main, monkeypatch: pytest.MonkeyPatch, tmp
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     for arguments, message in (
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--minutes", "0"], "minutes must be above 0, got 0.0"),
         (["--minutes", "nan"], "minutes must be above 0, got nan"),
         (["-o", str(tmp_path)], f"{tmp_path} is a folder"),
@@ -403,7 +436,11 @@ def test_tune_writes_as_it_goes(main, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(tuning, "current", lambda device: nullcontext())
     monkeypatch.setattr(tuning, "event_timer", lambda device: timer)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made up")
+    compiled: list[tuning.Job] = []
+    monkeypatch.setattr(tuning, "compilers", lambda jobs: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(tuning, "launch_job", compiled.append)
     assert main(["bench", "tune", "-o", str(path)]) == 0
+    assert compiled == [tuning.Job("cpu", "", case, number) for case in (0, 1) for number in (-1, 0, 1)]
     assert seen == [None, {(("rows", 1024),)}], "the first result was written before the second was begun"
     assert set(configs.read(path)["fake"]) == {(("rows", 1024),), (("rows", 4096),)}
     assert "2 configurations are faster than what ships" in capsys.readouterr().out

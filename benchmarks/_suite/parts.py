@@ -24,6 +24,17 @@ CPU_PARTS = ("build", "ceilings", "kernels", "overhead", "latency", "throughput"
 PARTS = (*GPU_PARTS, "overhead", "resources", "tune")
 
 # Sizes at which a kernel benchmark takes seconds on a CPU; the ones that are not named here run at their own.
+# On a GPU, where a benchmark's own options are not what the model runs there; several sets are several runs.
+BF16 = ("--dtype", "bfloat16")
+FULL = {
+    "channel_norm": (BF16,),
+    "denoise_step": ((), ("--rows", "8192", "--no-compile")),
+    "depthwise_gate": (BF16,),
+    "relu_linear_attention": (BF16,),
+    "sample_from_logits": (BF16,),
+    "sample_tokens": (BF16, (*BF16, "--rows", "4096", "--no-compile")),
+    "upsample_shortcut": (BF16,),
+}
 DECODER = ("--channels", "32", "--side", "16", "--rounds", "3", "--no-compile")
 SMALL = {
     "add_residual": ("--batch", "2", "--rounds", "5", "--no-compile"),
@@ -33,6 +44,8 @@ SMALL = {
     "depthwise_gate": DECODER,
     "relu_linear_attention": DECODER,
     "remask": ("--rounds", "5", "--no-compile"),
+    "sample_from_logits": ("--rows", "8", "--codes", "512", "--rounds", "3", "--no-compile"),
+    "sample_tokens": ("--rows", "8", "--width", "64", "--codes", "512", "--rounds", "3", "--no-compile"),
     "self_attention": ("--batch", "1", "--tokens", "64", "--heads", "2", "--rounds", "3"),
     "upsample_shortcut": (*DECODER, "--inputs", "64"),
     "vq_lookup": ("--rows", "256", "--codes", "2048", "--rounds", "3", "--no-compile"),
@@ -139,9 +152,10 @@ def kernels(plan: Plan) -> list[Step]:
     """Every benchmark of benchmarks/kernels, at its own sizes on a GPU."""
     made = []
     for op in plan.ops or kernel_benchmarks():
-        sizes = SMALL.get(op, ()) if plan.small else ()
-        command = (PYTHON, f"benchmarks/kernels/{op}.py", "--device", plan.device, *sizes)
-        made.append(Step(f"kernels {op}", "kernels", command, judge.last_json, limit=90, least=15))
+        for number, options in enumerate([SMALL.get(op, ())] if plan.small else FULL.get(op, [()])):
+            name = f"kernels {op}" + (f" {' '.join(options)}" if number else "")
+            command = (PYTHON, f"benchmarks/kernels/{op}.py", "--device", plan.device, *options)
+            made.append(Step(name, "kernels", command, judge.last_json, limit=90, least=15))
     return made
 
 
@@ -198,12 +212,10 @@ def profile(plan: Plan) -> list[Step]:
     if not ncu:
         command = (PYTHON, "-m", "_suite.profile")
         return [Step("profile", "profile", command, judge.profile, limit=90, least=30, missing=missing)]
-    code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda')"
-    command = (
-        ncu,
-        *("--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(judge.METRICS)),
-        *("--kernel-name", f"regex:^({'|'.join(triton_kernels())})$", PYTHON, "-c", code),
-    )
+    code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda', jobs=1)"
+    ours = f"regex:^({'|'.join(triton_kernels())})$"
+    options = f"--target-processes all --clock-control none --csv --page raw --metrics {','.join(judge.METRICS)}"
+    command = (ncu, *options.split(), "--kernel-name", ours, PYTHON, "-c", code)
     return [Step("profile", "profile", command, judge.ncu, limit=120, least=40, missing=missing)]
 
 

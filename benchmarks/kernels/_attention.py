@@ -74,6 +74,21 @@ def flash_attn(q: Tensor) -> Callable[..., Tensor] | None:
     return flash_attn_func
 
 
+def compiled(wanted: bool, **functions: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """Calls by "torch.compile(name)"; the compiler has shapes that it fails on, which are named."""
+    if not wanted:
+        print("not measured: torch.compile: --no-compile")
+        return {}
+    found = {f"torch.compile({name})": torch.compile(function) for name, function in functions.items()}
+    for name, call in list(found.items()):
+        try:
+            call()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            print(f"not measured: {name}: {' '.join(str(error).split())[:200]}")
+            del found[name]
+    return found
+
+
 def backends(op: str, device: str) -> list[str]:
     """The backends of ``op`` that can run here; for the others the reason is printed."""
     found = []

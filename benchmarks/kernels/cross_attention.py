@@ -1,7 +1,7 @@
 """cross_attention against SDPA with a boolean mask, flash-attn without one, and the compiled reference.
 
     python benchmarks/kernels/cross_attention.py [--batch 2 --queries 256 --keys 300 --heads 16 --head-size 72]
-        [--dtype bfloat16] [--full] [--train] [--rounds 15] [--device cpu]
+        [--dtype bfloat16] [--full] [--train] [--no-compile] [--rounds 15] [--device cpu]
 
 First all results must agree; then all are timed in turns. Lengths are spread over 1..keys, or all equal to keys with
 ``--full``. ``--train`` times forward and backward together. Ends with one JSON line.
@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from _attention import TYPES, backends, check_parity, flash_attn, formula, libraries, training
+from _attention import TYPES, backends, check_parity, compiled, flash_attn, formula, libraries, training
 from _compare import interleave, print_results, summary
 from torch import Tensor
 
@@ -22,15 +22,14 @@ from dcar_fast.reference.cross_attention import cross_attention as reference
 
 
 def candidates(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor | None, with_compile: bool
 ) -> dict[str, Callable[[], Tensor]]:
     """Name -> call; for what cannot run here the reason is printed."""
-    compiled = torch.compile(reference)
     found = {
         name: (lambda name=name: cross_attention(q, k, v, lengths, backend=name))
         for name in backends("cross_attention", q.device.type)
     }
-    found["torch.compile(reference)"] = lambda: compiled(q, k, v, lengths)
+    found |= compiled(with_compile, reference=lambda: reference(q, k, v, lengths))
     for name, attend in libraries(mask, q, k, v).items():
         found[name] = lambda attend=attend: attend(q, k, v)
     flash = flash_attn(q)
@@ -52,6 +51,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help="(%(default)s)")
     parser.add_argument("--full", action="store_true", help="every row has all keys")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes its time first")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     arguments = parser.parse_args()
     for name in ("batch", "queries", "keys", "heads", "head_size", "rounds"):
@@ -73,7 +73,7 @@ def main() -> None:
         mask = (torch.arange(arguments.keys, device=device) < lengths[:, None])[:, None, None]
 
     inputs = [x.requires_grad_(arguments.train) for x in (q, k, v)]
-    calls = candidates(*inputs, lengths, mask)
+    calls = candidates(*inputs, lengths, mask, not arguments.no_compile)
     exact = reference(*(x.detach().double() for x in inputs), lengths)
     outputs = {name: (lambda call=call: call().detach()) for name, call in calls.items()}
     check_parity(outputs, formula(mask)(*inputs).detach(), exact)

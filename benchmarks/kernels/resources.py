@@ -177,10 +177,12 @@ def cell(rows: list[Row]) -> str:
     parts = []
     if built:
         registers = sorted({row["registers"] for row in built})
-        shared = max(row["shared_bytes"] for row in built) / 1024
-        parts = ["-".join(map(str, sorted({registers[0], registers[-1]}))), f"{shared:.3g} K" if shared else "0"]
+        shared = max(row["shared_bytes"] for row in built)
+        size = f"{shared / 1024:.3g} K" if shared >= 1024 else f"{shared} B"
+        parts = ["-".join(map(str, sorted({registers[0], registers[-1]}))), size]
         parts += ["+".join(sorted({name for row in built for name in row["mma"]}))]
-    return ", ".join(part for part in [*parts, *(f"**{wrong}**" for row in rows for wrong in defects(row))] if part)
+    wrong = dict.fromkeys(f"**{defect}**" for row in rows for defect in defects(row))
+    return ", ".join(part for part in [*parts, *wrong] if part)
 
 
 def split(page: Path) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """self_attention against LayerNorm and SDPA, flash-attn, and the compiled reference.
 
     python benchmarks/kernels/self_attention.py [--batch 2 --tokens 256 --heads 16 --head-size 72]
-        [--dtype bfloat16] [--train] [--rounds 15] [--device cpu]
+        [--dtype bfloat16] [--train] [--no-compile] [--rounds 15] [--device cpu]
 
 First all results must agree; then all are timed in turns. ``--train`` times forward and backward together. Ends with
 one JSON line.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _attention import TYPES, Attend, backends, check_parity, flash_attn, formula, libraries, training
+from _attention import TYPES, Attend, backends, check_parity, compiled, flash_attn, formula, libraries, training
 from _compare import interleave, print_results, summary
 from torch import Tensor
 
@@ -33,10 +33,9 @@ def normalised(attend: Attend, heads: int) -> Callable[..., Tensor]:
     return call
 
 
-def candidates(inputs: list[Tensor], heads: int) -> dict[str, Callable[[], Tensor]]:
+def candidates(inputs: list[Tensor], heads: int, with_compile: bool) -> dict[str, Callable[[], Tensor]]:
     """Name -> call; for what cannot run here the reason is printed."""
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in inputs[0].chunk(3, dim=-1))
-    compiled = torch.compile(reference)
     attends = libraries(None, q, k, v)
     if flash := flash_attn(q):
         attends["flash-attn"] = flash
@@ -44,12 +43,11 @@ def candidates(inputs: list[Tensor], heads: int) -> dict[str, Callable[[], Tenso
         name: (lambda name=name: self_attention(*inputs, heads=heads, backend=name))
         for name in backends("self_attention", q.device.type)
     }
-    found["torch.compile(reference)"] = lambda: compiled(*inputs, heads=heads)
     for name, attend in attends.items():
         found[name] = lambda attend=attend: normalised(attend, heads)(*inputs)
-    whole = torch.compile(normalised(attends["torch sdpa"], heads))
-    found["torch.compile(LayerNorm + sdpa)"] = lambda: whole(*inputs)
-    return found
+    usual = normalised(attends["torch sdpa"], heads)
+    functions = {"reference": lambda: reference(*inputs, heads=heads), "layer_norm_sdpa": lambda: usual(*inputs)}
+    return found | compiled(with_compile, **functions)
 
 
 def main() -> None:
@@ -61,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (%(default)s)")
     parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help="(%(default)s)")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes its time first")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     arguments = parser.parse_args()
     for name in ("batch", "tokens", "heads", "head_size", "rounds"):
@@ -73,7 +72,7 @@ def main() -> None:
     inputs = [torch.randn(arguments.batch, arguments.tokens, 3 * width, device=device).to(dtype)]
     inputs += [torch.randn(width, device=device).to(dtype) for _ in range(4)]
     inputs = [x.requires_grad_(arguments.train) for x in inputs]
-    calls = candidates(inputs, heads)
+    calls = candidates(inputs, heads, not arguments.no_compile)
     detached = [x.detach() for x in inputs]
     exact = reference(*(x.double() for x in detached), heads=heads)
     outputs = {name: (lambda call=call: call().detach()) for name, call in calls.items()}

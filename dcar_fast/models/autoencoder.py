@@ -6,7 +6,6 @@ convolutional in both axes: any height and width that are multiples of the compr
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -110,9 +110,13 @@ def test_instruction_sets_and_threads_agree_bit_for_bit(dtype, tau):
     cond, uncond, noise = normals(33, 3001, dtype=dtype), normals(33, 3001, seed=1, dtype=dtype), counters(33)
     want = native("generic", 1, cond, uncond, noise, tau)
     check(want, cond, uncond, noise, **(SETTINGS | {"tau": tau}))
+    odd = cond.clone()
+    odd[:9, ::3], odd[5:12, 1::3], odd[10:14, 7], odd[14] = math.nan, -math.inf, math.inf, math.nan
+    reference = sample(odd, uncond, noise=noise, tau=tau, backend="reference")
     for isa, threads in itertools.product(_native.module().cpu_isas(), (1, 3, 64)):
         got = native(isa, threads, cond, uncond, noise, tau)
         assert all(map(torch.equal, got, want)), (isa, threads)
+        assert all(map(torch.equal, native(isa, threads, odd, uncond, noise, tau), reference)), (isa, threads)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -185,6 +189,7 @@ def test_recorded_edges_are_safe(backend):
     "change",
     [
         {"softmax_temperature": 1e-40},
+        {"softmax_temperature": 1e-40, "tau": 1e36},
         {"softmax_temperature": 1e-30},
         {"softmax_temperature": 3e38},
         {"tau": 1e-40},
@@ -204,6 +209,7 @@ def test_extreme_settings_are_the_references(backend, change):
     skip_unless_built(backend)
     cond, uncond, noise = normals(6, 700), normals(6, 700, seed=1), counters(6)
     cond[0, 5], cond[1], cond[2, 3] = 0.0, 0.0, -math.inf
+    cond[3] = uncond[3] = -1e-4 * cond[3].abs()
     want = sample(cond, uncond, noise=noise, backend="reference", **change)
     got = sample(cond, uncond, noise=noise, backend=backend, **change)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

@@ -54,6 +54,14 @@ def test_every_configuration_draws_the_same(config):
     assert sample(ties, None, counters(2), config, tau=0.0)[0].tolist() == [0, 2100]
 
 
+def test_blocks_that_are_passed_over_hold_no_winner():
+    """Flat logits, where the noise alone decides and each block's bound comes close to the best so far."""
+    cond, noise = 0.01 * normals(40, 4096), counters(40)
+    settings = {"guidance": 0.0, "softmax_temperature": 1.0, "tau": 1.0}
+    want = reference(cond, None, noise=noise, **settings)
+    assert torch.equal(sample(cond, None, noise, kernels.tile(1024, 1, 4), **settings)[0], want[0])
+
+
 def test_what_is_no_number_is_never_drawn():
     nan, inf = math.nan, math.inf
     rows = [[nan, 0.0, -1.0], [nan] * 3, [-inf] * 3, [-inf, -5.0, nan], [1.0, inf, inf], [nan, -inf, -inf]]

@@ -95,10 +95,10 @@ def test_every_configuration_gives_the_same(config: kernels.Config, channels: in
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
 def test_shares_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
-    """Up to 71, which is more than are finished at a time; the best codes stand in the first and in the last."""
-    z, codebook = data(10, 9000, 8)
-    codebook[300:8700] *= -0.0
-    codebook[8700:] = codebook[:300]
+    """Up to 133, which is more than are finished at a time; the best codes stand in the first and in the last."""
+    z, codebook = data(10, 17_000, 8)
+    codebook[300:16_700] *= -0.0
+    codebook[16_700:] = codebook[:300]
     z[3] = float("nan")
     want = reference(z, codebook)[0]
     assert want.max() < 300
