@@ -110,8 +110,8 @@ class RowSampler {
     const int count = kernel_.survivors(w_.x.data() + first, first, uniforms, noise_, least, w_.found.data());
     if (count == 0) return;
     // The most promising first, which spares most of the others.
-    const Survivor* promising = std::max_element(
-        w_.found.data(), w_.found.data() + count, [](const Survivor& a, const Survivor& b) { return a.bound < b.bound; });
+    const auto by_bound = [](const Survivor& a, const Survivor& b) { return a.bound < b.bound; };
+    const Survivor* promising = std::max_element(w_.found.data(), w_.found.data() + count, by_bound);
     consider(first + promising->place, promising->word);
     least = threshold();
     for (int i = 0; i < count; ++i)

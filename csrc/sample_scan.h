@@ -17,7 +17,7 @@ struct SampleRow {
 };
 
 // An element that may win: its place in the chunk, a bound that its score does not exceed up to the rounding of
-// logit * inverse_temperature, and its random word.
+// logit * inverse_temperature, its random word.
 struct Survivor {
   int32_t place;
   float bound;
@@ -25,7 +25,7 @@ struct Survivor {
 };
 
 struct SampleScanKernel {
-  // x = cond + guidance * (cond - uncond), rounded after every operation, NaN replaced by -inf; without uncond x = cond.
+  // x = cond + guidance * (cond - uncond), rounded after every operation, NaN replaced by -inf; or x = cond.
   // x is padded with -inf up to a whole chunk, and `chunk_largest` gets the largest x of each chunk.
   void (*guide_float)(const float* cond, const float* uncond, int64_t columns, float guidance, float* x,
                       float* chunk_largest);

@@ -18,7 +18,7 @@ from _suite.process import Done
 
 PYTHON = sys.executable
 KERNELS = ROOT / "benchmarks" / "kernels"
-NO_BENCHMARKS = {"resources", "overhead"}  # modules of that folder that are no op's, and parts of their own
+NO_BENCHMARKS = {"cpu", "overhead", "resources"}  # modules of that folder that are no op's
 GPU_PARTS = ("build", "ceilings", "warmup", "tests", "kernels", "latency", "throughput", "sanitizer", "profile")
 CPU_PARTS = ("build", "ceilings", "kernels", "overhead", "latency", "throughput", "resources")
 PARTS = (*GPU_PARTS, "overhead", "resources", "tune")
