@@ -19,10 +19,12 @@ OPS = offline.kernel_names()
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[tuple[int, offline.Variant, offline.Resources]]]:
-    """Everything that ships, for every target, by op."""
-    found: dict[str, list] = {op: [] for op in OPS}
-    for target, variant, resources in offline.compile_all():
+def compiled(request: pytest.FixtureRequest) -> dict[str, list[tuple[int, offline.Variant, offline.Resources]]]:
+    """Everything that ships, for every target, by op; of the ops whose tests were asked for."""
+    asked = [item for item in request.session.items if "compiled" in item.fixturenames]
+    ops = sorted({op for item in asked for op in ([item.callspec.params["op"]] if hasattr(item, "callspec") else OPS)})
+    found: dict[str, list] = {op: [] for op in ops}
+    for target, variant, resources in offline.compile_all(ops=ops):
         found[variant.name.partition(".")[0]].append((target, variant, resources))
     return found
 
