@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu_isa.h"
+#include "cuda_version.h"
 
 namespace py = pybind11;
 
@@ -18,6 +19,8 @@ PYBIND11_MODULE(_native, m) {
         "CUDA architectures compiled in, such as '90a' or '100+PTX'; empty without CUDA.");
 #ifdef DCAR_FAST_CUDA
   m.def("cuda_compiled", [] { return true; }, "Whether CUDA kernels were compiled in.");
+  m.def("cuda_versions", &dcar::cuda_versions,
+        "(CUDA built with, newest CUDA of the driver) as 1000 * major + 10 * minor; the second is 0 without a driver.");
 #else
   m.def("cuda_compiled", [] { return false; }, "Whether CUDA kernels were compiled in.");
 #endif

@@ -146,7 +146,7 @@ def attention_kernel(
         #   n . ((y - m) r w + b) = r ((n w) . y - m sum(n w)) + n . b
         # where the last term is the same for all keys and so falls out of the softmax: w goes into the query, once per
         # program, and r and m into the scores. The sum is taken of n w as rounded, so that m cancels exactly.
-        places = images * queries.to(tl.int64)
+        places = images * tl.cast(queries, tl.int64)
         at = statistics + image * queries + query
         mean = tl.load(at, mask=query < queries, other=0.0)
         rstd = tl.load(at + places, mask=query < queries, other=0.0)
@@ -208,8 +208,8 @@ def attention_kernel(
             v_tail = tl.load(v_at + tail[None, :], mask=inside[:, None] & in_tail, other=0.0)
             out_tail = tl.dot(weights, v_tail, out_tail * decay[:, None], input_precision=PRECISION)
         largest = new
-        k_at += tl.multiple_of(BLOCK_KEYS * k_row.to(tl.int64), ALIGNED)
-        v_at += tl.multiple_of(BLOCK_KEYS * v_row.to(tl.int64), ALIGNED)
+        k_at += tl.multiple_of(BLOCK_KEYS * tl.cast(k_row, tl.int64), ALIGNED)
+        v_at += tl.multiple_of(BLOCK_KEYS * tl.cast(v_row, tl.int64), ALIGNED)
 
     # no keys: zeros. Keys whose scores are all -inf: 0 * (1 / 0), NaN as in PyTorch
     share = tl.div_rn(1.0, tl.where(length > 0, total, 1.0))[:, None]

@@ -102,14 +102,14 @@ class Splits:
     """Where the splits of the vocabulary leave their best (score, id, logit), and the kernel that takes the best."""
 
     def __init__(self, rows: int, splits: int, device: torch.device) -> None:
-        self.scores, self.logits = (torch.empty(rows, splits, device=device) for _ in range(2))
+        self.scores, self.logits = (torch.empty(rows, splits, dtype=torch.float32, device=device) for _ in range(2))
         self.ids = torch.empty(rows, splits, dtype=torch.int32, device=device)
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (R,) int64 and confidence (R,) float32."""
         rows, splits = self.scores.shape
         ids = torch.empty(rows, dtype=torch.int64, device=self.ids.device)
-        confidence = torch.empty(rows, device=self.ids.device)
+        confidence = torch.empty(rows, dtype=torch.float32, device=self.ids.device)
         if not rows:
             return ids, confidence
         best_of_splits_kernel[(triton.cdiv(rows, BEST_OF_SPLITS.blocks["BLOCK_ROWS"]),)](

@@ -115,7 +115,7 @@ def depthwise_gate_kernel(
 
     x += image * x_image + channel * x_channel
     out += image * out_image + channel * out_channel
-    gate = channels.to(tl.int64) * x_channel
+    gate = tl.cast(channels, tl.int64) * x_channel
     # Sums of the outputs one step back, which lack the input at hand alone, and of those here. Every input is read once
     # per block and goes into three steps of outputs.
     value_back, value_here = repeat(value_bias, UNROLL), repeat(value_bias, UNROLL)

@@ -205,7 +205,7 @@ def sample_tokens(
     if rows:
         cond, uncond, weight = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (cond, uncond, weight))
         hidden = torch.empty(rows, width, dtype=weight.dtype, device=cond.device)
-        scale = torch.empty(rows, device=cond.device)
+        scale = torch.empty(rows, dtype=torch.float32, device=cond.device)
         guide_kernel[(rows,)](
             cond,
             cond if uncond is None else uncond,

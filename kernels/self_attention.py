@@ -59,7 +59,7 @@ def statistics_kernel(
     row = tl.program_id(0).to(tl.int64) // 2 * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = row < rows
     place = tl.multiple_of(row // tokens * qkv_image + row % tokens * qkv_row, ALIGNED)
-    at = qkv + part * tl.multiple_of(width, ALIGNED) + place[:, None]
+    at = qkv + tl.multiple_of(part * width, ALIGNED) + place[:, None]
     column = tl.arange(0, BLOCK_WIDTH)
     # two passes, the second out of the cache: E[x^2] - E[x]^2 would lose what is small beside the mean
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
@@ -74,8 +74,8 @@ def statistics_kernel(
         centred = tl.where(inside, x - mean[:, None], 0.0)
         total += centred * centred
     rstd = 1.0 / tl.sqrt_rn(tl.sum(total, axis=1) / width + eps)
-    tl.store(out + 2 * part * rows.to(tl.int64) + row, mean, mask=live)
-    tl.store(out + (2 * part + 1) * rows.to(tl.int64) + row, rstd, mask=live)
+    tl.store(out + 2 * part * tl.cast(rows, tl.int64) + row, mean, mask=live)
+    tl.store(out + (2 * part + 1) * tl.cast(rows, tl.int64) + row, rstd, mask=live)
 
 
 def row_statistics(qkv: torch.Tensor, eps: float, config: Config | None = None) -> torch.Tensor:

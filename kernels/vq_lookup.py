@@ -253,7 +253,7 @@ def vq_lookup(
     """
     (rows, channels), num_codes, device = z.shape, codebook.shape[0], z.device
     ids = torch.empty(rows, dtype=torch.int64, device=device)
-    codes, residual = (torch.empty(rows, channels, device=device) for _ in range(2))
+    codes, residual = (torch.empty(rows, channels, dtype=torch.float32, device=device) for _ in range(2))
     if rows == 0:
         return ids, codes, residual
     z, codebook = z.contiguous(), codebook.contiguous()
@@ -264,7 +264,7 @@ def vq_lookup(
     capacity = triton.cdiv(num_codes, config.blocks["BLOCK_CODES"]) * config.blocks["BLOCK_CODES"]
     row_parts = torch.empty(2, rows, padded, dtype=torch.float16, device=device)
     code_parts = torch.empty(2, capacity, padded, dtype=torch.float16, device=device)
-    scores = torch.empty(shares, rows, device=device)
+    scores = torch.empty(shares, rows, dtype=torch.float32, device=device)
     share_ids = torch.empty(shares, rows, dtype=torch.int32, device=device)
 
     block = PREPARE.blocks["BLOCK"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,18 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=[torch.float16, torch.float64], ids=str)
+def with_default_dtype(request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], Any]:
+    """Calls a function while torch makes tensors of another type than float32 where none is named."""
+
+    def call(function: Callable[[], Any]) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(request.param)
+        try:
+            return function()
+        finally:
+            torch.set_default_dtype(before)
+
+    return call

@@ -117,6 +117,8 @@ def triton_usable(device: torch.device) -> Usable:
     """The judgement on a Triton kernel."""
     if device.type != "cuda":
         return Usable(False, f"Triton kernels run on CUDA devices, this is {device.type}")
+    if torch.version.hip is not None:
+        return Usable(False, "this torch is built for AMD GPUs")
     if importlib.util.find_spec("triton") is None:
         return Usable(False, "triton is not installed")
     if not torch.cuda.is_available():

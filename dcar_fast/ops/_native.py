@@ -58,7 +58,14 @@ def cuda_usable(device: torch.device) -> Usable:
     archs = native.cuda_archs()
     if not any(runs_on(arch, capability) for arch in archs):
         return Usable(False, f"built for {', '.join(archs)}, {device} has compute capability {capability}")
+    built, driver = native.cuda_versions()
+    if built // 1000 > driver // 1000:  # within a major version every driver runs every runtime
+        return Usable(False, f"built with CUDA {_version(built)}, the driver here supports {_version(driver)}")
     return Usable(True, f"CUDA C++ built for {', '.join(archs)}")
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dcar_fast.ops._attention import check_type, choose_for
+from dcar_fast.ops._attention import KERNEL_TYPES, check_type, choose_for
 from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor
 from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
 from dcar_fast.ops._library import define
@@ -96,8 +96,9 @@ def _run_triton(
 ) -> Tensor:
     from dcar_fast.kernels.self_attention import self_attention as kernel  # triton is loaded on use only
 
+    weights = (w if w.dtype in KERNEL_TYPES else w.float() for w in (q_weight, q_bias, k_weight))
     with current(qkv.device):
-        return kernel(qkv, q_weight, q_bias, k_weight, heads, eps)
+        return kernel(qkv, *weights, heads, eps)
 
 
 register(

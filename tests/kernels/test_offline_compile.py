@@ -65,6 +65,25 @@ def test_variants_are_what_is_launched(op: str) -> None:
         assert set(shipped) <= set(every)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_of_one(op: str) -> None:
+    """An integer argument that equals 1 is a constant to the compiler, without the methods of a tensor; the interpreter
+    does not know that."""
+    kernels = {variant.kernel: variant for variant in reversed(offline.variants(90, ops=[op]))}
+    for kernel, variant in kernels.items():
+        specialised = {param.name for param in kernel.params if not param.do_not_specialize}
+        ones = [name for name, kind in variant.signature.items() if kind in ("i32", "i64") and name in specialised]
+        assert ones, f"{variant.name} takes no sizes"
+        aligned = {"ALIGNED": 1} if "ALIGNED" in variant.constexprs else {}
+        changed = replace(
+            variant,
+            signature={name: kind for name, kind in variant.signature.items() if name not in ones},
+            constexprs={**variant.constexprs, **aligned, **dict.fromkeys(ones, 1)},
+            multiples_of_16=tuple(name for name in variant.multiples_of_16 if name not in ones),
+        )
+        assert offline.compile_variant(changed, 90).registers > 0
+
+
 def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernel with far too few registers: what test_fits looks for is really found."""
     variant = offline.variants(80, ops=["add_residual"])[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +161,27 @@ def test_native_module_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPat
 def test_architectures(arch: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]) -> None:
     assert all(_native.runs_on(arch, capability) for capability in runs)
     assert not any(_native.runs_on(arch, capability) for capability in does_not)
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ((13000, 12080), "built with CUDA 13.0, the driver here supports 12.8"),
+        ((13000, 0), "built with CUDA 13.0, the driver here supports 0.0"),
+        ((12090, 12020), "CUDA C++ built for 80, 90a"),
+        ((12090, 13010), "CUDA C++ built for 80, 90a"),
+    ],
+)
+def test_a_driver_too_old_for_the_kernels(monkeypatch, versions: tuple[int, int], reason: str) -> None:
+    native = SimpleNamespace(
+        cuda_compiled=lambda: True, cuda_archs=lambda: ["80", "90a"], cuda_versions=lambda: versions
+    )
+    _native._load.cache_clear()
+    monkeypatch.setattr(_native, "_load", cache(lambda: (native, "")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _native.cuda_usable(torch.device("cuda:0")) == ("CUDA C++" in reason, reason)
 
 
 def test_malformed_architecture() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dcar_fast import ops
 from dcar_fast.noise import TokenNoise
+from dcar_fast.tuning import DOES_NOT_FIT
 from tests.ops.sampling_cases import (
     GPU,
     HERE,
@@ -90,9 +91,17 @@ def test_every_configuration_draws_the_same_on_a_gpu(dtype):
     noise = to(counters(200), "cuda")
     drawn = {"uniforms": None, "seeds": noise.seeds, "tokens": noise.tokens, "step": noise.step}
     want = kernels.sample_tokens(*tensors, **SETTINGS, **drawn)
+    ran = 0
     for config in kernels.table_for(dtype).candidates:
-        got = kernels.sample_tokens(*tensors, **SETTINGS, **drawn, config=config)
+        try:
+            got = kernels.sample_tokens(*tensors, **SETTINGS, **drawn, config=config)
+        except Exception as error:
+            if type(error).__name__ not in DOES_NOT_FIT:
+                raise
+            continue
         assert torch.equal(got[0], want[0]), config
+        ran += 1
+    assert ran
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch):

@@ -104,3 +104,10 @@ def test_frequencies_are_the_softmax():
     plain = {"guidance": 0.0, "softmax_temperature": 1.0, "tau": 1.0}
     ids, _ = sample(logits.expand(rows, 4), None, noise, **plain)
     assert chi_square(ids, logits) < 16.27  # 0.999 quantile, 3 degrees of freedom; the seeds are fixed
+
+
+def test_the_default_type_does_not_matter(with_default_dtype):
+    cond, uncond, noise = normals(3, 3000), normals(3, 3000, seed=1), counters(3)
+    want = sample(cond, uncond, noise)
+    got = with_default_dtype(lambda: sample(cond, uncond, noise))
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(got, want, strict=True))

@@ -106,3 +106,11 @@ def test_strides_and_mixed_types_do_not_matter():
     assert all(map(torch.equal, sample(padded, noise), want))
     mixed = (cond.half(), uncond, weight, bias.half())
     check(sample(mixed, noise), mixed, noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_default_type_does_not_matter(dtype, with_default_dtype):
+    tensors, noise = inputs((9, 20, 300), dtype), counters(9)
+    want = sample(tensors, noise)
+    got = with_default_dtype(lambda: sample(tensors, noise))
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(got, want, strict=True))

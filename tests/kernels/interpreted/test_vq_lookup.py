@@ -164,3 +164,10 @@ def test_strided_and_empty_inputs() -> None:
         assert torch.equal(got, expected)
     ids, codes, residual = kernels.vq_lookup(torch.zeros(0, 5), torch.ones(3, 5))
     assert (ids.shape, codes.shape, residual.shape) == ((0,), (0, 5), (0, 5)) and ids.dtype == torch.int64
+
+
+def test_the_default_type_does_not_matter(with_default_dtype) -> None:
+    z, codebook = data(40, 300, 20)
+    want = kernels.vq_lookup(z, codebook)
+    got = with_default_dtype(lambda: kernels.vq_lookup(z, codebook))
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(got, want, strict=True))
