@@ -93,7 +93,9 @@ class RowSampler {
   // most |best| + 100 tau where that matters, or by less than the smallest normal number.
   float threshold() const {
     if (!(noise_.inverse_temperature <= std::numeric_limits<float>::max())) return -kInfinity;  // 1 / 1e-39
-    if (std::isinf(best_.score)) return best_.score;
+    // Noise this small has no bound that float32 could hold; a logit that overflows may have one that does not.
+    if (noise_.kind != SampleRow::kNoNoise && a_.tau < 1e-30f) return -kInfinity;
+    if (std::isinf(best_.score)) return best_.score < 0 ? best_.score : 0.99f * std::numeric_limits<float>::max();
     return best_.score - (std::fabs(best_.score) + 100 * a_.tau) * 1e-6f - 1e-37f;
   }
 

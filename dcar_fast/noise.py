@@ -79,7 +79,7 @@ def normal(seed: int | Tensor, tokens: Tensor, elements: int, step: int, stream:
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)[:, :elements]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenNoise:
     """Counter noise for rows that are not a whole image: seeds (R,) int64, tokens (R,) int64 positions, one step."""
 
@@ -92,7 +92,7 @@ class TokenNoise:
         return uniform(self.seeds, self.tokens, elements, self.step, STREAM_TOKEN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatentNoise:
     """Counter noise of one denoising step for rows that are not a whole image: seeds (R,) int64, tokens (R,) int64
     positions, ``step`` in drawing order (0 belongs to the largest timestep)."""

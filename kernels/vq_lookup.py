@@ -75,11 +75,30 @@ def norms(source, place, live, channels, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl
 
 
 @triton.jit
-def split(source, parts, first, count, capacity, channels, padded, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def split(
+    source,
+    parts,
+    first,
+    count,
+    capacity,
+    channels,
+    padded,
+    ROWS: tl.constexpr,  # the vectors are z's: only their direction matters
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     """Vectors ``first``.. of ``source`` (count, channels) to ``parts`` (2, capacity, padded); NaN beyond ``count``."""
     vector = first.to(tl.int64) + tl.arange(0, BLOCK)
     live = vector < count
     norm = norms(source, vector * channels, live, channels, BLOCK, BLOCK_CHANNELS)
+    if ROWS:  # divided by 1e-12, a tiny vector would vanish in float16
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, channels, BLOCK_CHANNELS):
+            channel = start + tl.arange(0, BLOCK_CHANNELS)
+            mask = live[:, None] & (channel < channels)[None, :]
+            x = tl.load(source + (vector * channels)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+        norm = tl.where((norm == 1e-12) & (largest > 0.0), largest, norm)
     for start in range(0, padded, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = live[:, None] & (channel < channels)[None, :]
@@ -111,10 +130,11 @@ def prepare_kernel(
     code_tiles = tl.cdiv(capacity, BLOCK)
     program = tl.program_id(0)
     if program < code_tiles:
-        split(codebook, code_parts, program * BLOCK, num_codes, capacity, channels, padded, BLOCK, BLOCK_CHANNELS)
+        first = program * BLOCK
+        split(codebook, code_parts, first, num_codes, capacity, channels, padded, False, BLOCK, BLOCK_CHANNELS)
     else:
         first = (program - code_tiles) * BLOCK
-        split(z, row_parts, first, rows, rows, channels, padded, BLOCK, BLOCK_CHANNELS)
+        split(z, row_parts, first, rows, rows, channels, padded, True, BLOCK, BLOCK_CHANNELS)
 
 
 @triton.jit

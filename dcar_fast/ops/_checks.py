@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +18,23 @@ def check_tensor(name: str, value: object, shape: Sequence[int | str]) -> None:
         fits = fits and (isinstance(want, str) or want == size)
     if not fits:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is {_text(shape)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} is {value.layout}, allowed is torch.strided: use to_dense()")
 
 
 def _text(shape: Sequence[int | str]) -> str:
     """ "(B, 3)". Formed for an error only: torch.compile cannot write out a size that it keeps symbolic."""
     return f"({', '.join(map(str, shape))})"
+
+
+def check_number(name: str, value: object, least: float = -math.inf, *, above: bool = False) -> None:
+    """A finite number that a float holds, at least ``least``, or ``above`` it. Plain comparisons, which torch.compile
+    traces for numbers that change."""
+    largest = sys.float_info.max
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+    if not fits or value < least or (above and value == least):
+        bound = "" if least == -math.inf else f" {'>' if above else '>='} {least:g}"
+        raise ValueError(f"{name} is {value!r}, allowed is a finite number{bound}")
 
 
 def check_floating(name: str, value: torch.Tensor) -> None:

@@ -39,6 +39,8 @@ def pack_head(head: nn.Module, dtype: torch.dtype | None = None) -> HeadWeights:
     if final.norm_final.weight is not None:
         raise ValueError("head has an affine final norm, allowed is one without weight")
     dtype = dtype or head.input_proj.weight.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, allowed are None and floating-point types")
 
     def packed(layers: Sequence[nn.Module], gather: Callable[..., Tensor]) -> Iterator[Tensor]:
         """The weights of the layers in one tensor, and their biases."""
@@ -67,13 +69,18 @@ def step_coefficients(schedule: Schedule, device: torch.device | str) -> Tensor:
     The fields of ``reference.denoise_step.Coefficients``, computed in float64 and rounded once. Eight of them, so that
     every row starts at a multiple of 32 bytes and one compiled kernel serves all.
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is a {type(schedule).__name__}, allowed is a Schedule")
     rows = [coefficients(schedule, k) for k in range(schedule.num_steps)]
     return torch.tensor(rows, dtype=torch.float64).to(device, torch.float32)
 
 
 def embed_timesteps(weights: HeadWeights, timesteps: Sequence[int] | Tensor) -> Tensor:
     """(K, W) from K original timesteps, in the weights' dtype: constants of a schedule, so once per sampler."""
-    timesteps = torch.as_tensor(timesteps, device=weights.time_in_weight.device)
+    if not isinstance(timesteps, Tensor):
+        timesteps = torch.tensor([int(t) for t in timesteps])
+    check_tensor("timesteps", timesteps, ("K",))
+    timesteps = timesteps.to(weights.time_in_weight.device)
     embedding = timestep_embedding(timesteps).to(weights.time_in_weight.dtype)
     hidden = F.silu(F.linear(embedding, weights.time_in_weight, weights.time_in_bias))
     return F.linear(hidden, weights.time_out_weight, weights.time_out_bias)
@@ -92,4 +99,6 @@ def modulations(weights: HeadWeights, condition: Tensor, time: Tensor) -> Tensor
     ``condition`` (rows, W) from :func:`embed_condition`, ``time`` (W,) or (rows, W) from :func:`embed_timesteps`. All
     blocks in one matrix product: Linear(silu(time + condition)).
     """
+    check_tensor("condition", condition, ("rows", weights.width))
+    check_tensor("time", time, condition.shape if isinstance(time, Tensor) and time.dim() == 2 else (weights.width,))
     return F.linear(F.silu(time + condition), weights.modulation_weight, weights.modulation_bias)

@@ -38,7 +38,7 @@ def choose_for(op: str, x: Tensor, backend: str | None) -> Backend:
     """The implementation for ``x``. float64 is for the reference: "auto" takes it, a request for another is refused."""
     if x.dtype != torch.float64:
         return choose(op, x.device, backend)
-    if (backend or requested()) == "auto":
+    if (requested() if backend is None else backend) == "auto":
         return choose(op, x.device, "reference")
     asked = choose(op, x.device, backend)
     if asked.name != "reference":

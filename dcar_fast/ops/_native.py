@@ -31,6 +31,11 @@ def module() -> ModuleType:
     return native
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied if its numbers do not start where C++ may read them; such tensors come from packed NumPy arrays."""
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+
+
 def cpu_usable(device: torch.device) -> Usable:
     """The judgement on a C++ CPU kernel."""
     native, reason = _load()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcar_fast.noise import TokenNoise
-from dcar_fast.ops._checks import check_floating, check_int64, check_same_device, check_tensor, check_values
+from dcar_fast.ops._checks import (
+    check_floating,
+    check_int64,
+    check_number,
+    check_same_device,
+    check_tensor,
+    check_values,
+)
 
 KERNEL_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LARGEST_WORD = 2**32 - 1  # tokens and steps are 32-bit words of the noise's counter
@@ -29,13 +35,9 @@ def check_rows(cond: Tensor, uncond: Tensor | None, columns: int | str) -> None:
 
 def check_settings(guidance: float, softmax_temperature: float, tau: float) -> None:
     """guidance finite, softmax_temperature finite and > 0, tau finite and >= 0."""
-    for name, value, ok, allowed in (  # comparisons, which torch.compile traces for numbers that change
-        ("guidance", guidance, lambda x: -math.inf < x < math.inf, "a finite number"),
-        ("softmax_temperature", softmax_temperature, lambda x: 0 < x < math.inf, "a finite number > 0"),
-        ("tau", tau, lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    ):
-        if not isinstance(value, (int, float)) or not ok(value):
-            raise ValueError(f"{name} is {value!r}, allowed is {allowed}")
+    check_number("guidance", guidance)
+    check_number("softmax_temperature", softmax_temperature, 0.0, above=True)
+    check_number("tau", tau, 0.0)
 
 
 def check_noise(noise: Tensor | TokenNoise, cond: Tensor, size: int) -> None:

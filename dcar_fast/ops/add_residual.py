@@ -46,7 +46,7 @@ def add_residual(
         check_tensor("residual", residual, (batch, height * width, codebook.shape[1]))
         check_floating("residual", residual)
         check_same_device("ids", ids, "residual", residual)
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, allowed are {', '.join(map(str, DTYPES))}")
     check_no_grad("add_residual", codebook=codebook, residual=residual)
     return _add_residual(ids, codebook, residual, dtype, backend)
@@ -89,7 +89,8 @@ def _run_cuda(ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: tor
 
 def _call(kernel, ids: Tensor, codebook: Tensor, residual: Tensor | None, dtype: torch.dtype, **how: int) -> Tensor:
     batch, height, width = ids.shape
-    ids, codebook = ids.contiguous(), codebook.contiguous()
+    ids, codebook = _native.aligned(ids.contiguous()), _native.aligned(codebook.contiguous())
+    residual = None if residual is None else _native.aligned(residual)
     out = torch.empty(batch, codebook.shape[1], height, width, dtype=dtype, device=ids.device)
     kernel(
         ids=ids.data_ptr(),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from dcar_fast.kernels._layout import empty_image
-from dcar_fast.ops._checks import check_no_grad, check_same_device
+from dcar_fast.ops._checks import check_no_grad, check_number, check_same_device
 from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
 from dcar_fast.ops._images import check_choice, check_like, check_real, choose_for, in_format_of
 from dcar_fast.ops._library import define
@@ -45,8 +43,7 @@ def channel_norm(
         check_real("residual", residual, x.shape)
         check_like("x", x, "residual", residual)
     check_choice("activation", activation, ACTIVATIONS)
-    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
-        raise ValueError(f"eps is {eps!r}, allowed are finite numbers of at least 0")
+    check_number("eps", eps, 0.0)
     check_no_grad("channel_norm", x=x, weight=weight, bias=bias, residual=residual)
     return _channel_norm(x, weight, bias, residual, activation, eps, backend)
 

@@ -13,8 +13,6 @@ Nothing in the loop looks at a value on the host, so a CUDA graph can hold all o
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from dcar_fast.ops._checks import (
     check_floating,
     check_int64,
     check_no_grad,
+    check_number,
     check_same_device,
     check_tensor,
     check_values,
@@ -64,6 +63,12 @@ def denoise_step(
     ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together and for
     inputs that ask for a gradient, because there is none.
     """
+    if not isinstance(weights, HeadWeights):
+        raise ValueError(f"weights is a {type(weights).__name__}, allowed are HeadWeights, which pack_head makes")
+    for name, value in weights._asdict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"weights.{name} is a {type(value).__name__}, allowed is a tensor")
+    check_tensor("weights.input_weight", weights.input_weight, ("W", "C"))
     check_tensor("x", x, ("R", weights.channels))
     if x.dtype != torch.float32:
         raise ValueError(f"x is {x.dtype}, allowed is torch.float32")
@@ -76,7 +81,7 @@ def denoise_step(
         raise ValueError(f"coefficients is {coefficients.dtype}, allowed is torch.float32")
     check_same_device("x", x, "modulation", modulation)
     check_same_device("x", x, "coefficients", coefficients)
-    _check_settings(guidance, temperature, formula)
+    _check_settings(guidance, temperature, formula, clip)
     _check_rows(x.shape[0], modulation.shape[0], guidance)
     check_no_grad("denoise_step", x=x, modulation=modulation, coefficients=coefficients, **weights._asdict())
     values, seeds, tokens, step = _check_noise(noise, x)
@@ -111,10 +116,11 @@ def _check_weights(weights: HeadWeights, x: Tensor) -> None:
         check_same_device("x", x, f"weights.{name}", value)
 
 
-def _check_settings(guidance: float, temperature: float, formula: str) -> None:
-    for name, value in (("guidance", guidance), ("temperature", temperature)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, allowed is a finite number")
+def _check_settings(guidance: float, temperature: float, formula: str, clip: bool) -> None:
+    check_number("guidance", guidance)
+    check_number("temperature", temperature)
+    if not isinstance(clip, bool):
+        raise ValueError(f"clip is {clip!r}, allowed are True and False")
     if formula not in FORMULAS:
         raise ValueError(f"formula is {formula!r}, allowed are {', '.join(map(repr, FORMULAS))}")
 
@@ -123,7 +129,7 @@ def _check_rows(carried: int, rows: int, guidance: float) -> None:
     if guidance == 1:
         if rows != carried:
             raise ValueError(f"modulation has {rows} rows, allowed without guidance is one for each of x: {carried}")
-    elif rows % 2 or carried not in (rows, rows // 2):
+    elif rows % 2 or (carried != rows and 2 * carried != rows):
         raise ValueError(
             f"modulation has {rows} rows for {carried} of x, allowed under guidance is an even number, and all of them "
             "or the first half in x"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,8 @@ def remask(ids: Tensor, confidence: Tensor, num_masked: Tensor, mask_id: int, *,
     check_int64("num_masked", num_masked)
     check_same_device("ids", ids, "confidence", confidence)
     check_same_device("ids", ids, "num_masked", num_masked)
+    if not isinstance(mask_id, int) and isinstance(mask_id, Integral):
+        mask_id = int(mask_id)  # NumPy's
     if not isinstance(mask_id, int):
         raise ValueError(f"mask_id is a {type(mask_id).__name__}, allowed is an integer")
     if not -(2**63) <= mask_id < 2**63:
@@ -78,6 +82,7 @@ def _run_cuda(ids: Tensor, confidence: Tensor, num_masked: Tensor, mask_id: int)
 def _call(kernel, ids: Tensor, confidence: Tensor, num_masked: Tensor, mask_id: int, **how: int) -> Tensor:
     rows, tokens = ids.shape
     out = ids.new_empty(rows, tokens)
+    ids, confidence, num_masked = map(_native.aligned, (ids, confidence, num_masked))
     kernel(
         ids=ids.data_ptr(),
         ids_strides=ids.stride(),

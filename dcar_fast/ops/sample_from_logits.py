@@ -86,7 +86,10 @@ def run_native(cond: Tensor, uncond: Tensor | None, draw: Draw, settings: dict[s
     if types != {torch.bfloat16}:
         cond, uncond = cond.float(), None if uncond is None else uncond.float()
     cond, uncond = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (cond, uncond))
-    uniforms, seeds, tokens = (None if x is None else x.contiguous() for x in draw[:3])
+    uniforms, seeds, tokens = (x if x is None else x.contiguous() for x in draw[:3])
+    cond, uncond, uniforms, seeds, tokens = (
+        x if x is None else _native.aligned(x) for x in (cond, uncond, uniforms, seeds, tokens)
+    )
     ids, confidence = empty_choice(cond)
     _native.module().sample_from_logits(
         cond=cond.data_ptr(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_fast.noise import TokenNoise
@@ -107,7 +106,7 @@ def _run_native(
     block = max(1, NATIVE_LOGITS // weight.shape[0])
     for start in range(0, len(hidden), block):
         rows = slice(start, start + block)
-        logits = F.linear(hidden[rows], weight, bias)
+        logits = reference.head(hidden[rows], weight, bias)
         ids[rows], confidence[rows] = native_from_logits(logits, None, draw.rows(start, start + block), settings)
     return ids, confidence
 

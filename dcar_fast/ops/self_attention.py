@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dcar_fast.ops._attention import KERNEL_TYPES, check_type, choose_for
-from dcar_fast.ops._checks import check_floating, check_same_device, check_tensor
+from dcar_fast.ops._checks import check_floating, check_number, check_same_device, check_tensor
 from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
 from dcar_fast.ops._library import define
 from dcar_fast.reference import self_attention as reference
@@ -46,8 +46,7 @@ def self_attention(
         raise ValueError(f"heads is {heads!r}, allowed are integers of at least 1")
     if not qkv.shape[2] or qkv.shape[2] % (3 * heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, allowed is (B, N, 3D) with D a multiple of heads, {heads}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, allowed are numbers of at least 0")
+    check_number("eps", eps, 0.0)
     norms = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     for name, value in norms.items():
         check_tensor(name, value, (qkv.shape[2] // 3,))

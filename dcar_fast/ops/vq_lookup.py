@@ -27,6 +27,7 @@ def vq_lookup(z: Tensor, codebook: Tensor, *, backend: str | None = None) -> tup
         codes     (M, C)  float32: normalise(codebook)[ids]
         residual  (M, C)  float32: normalise(z) - codes
 
+    Squares are summed in float32: a vector beyond 1.8e19 in length becomes zeros, id 0 with a residual of -code.
     A row that holds NaN gets id 0 and a residual of NaN; a code that holds NaN is never chosen unless all do.
 
     Gradients are straight-through: ``codes`` hands its gradient to z as if it were normalise(z). ``ids`` and
@@ -88,7 +89,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _run_native(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    z, codebook = _readable(z), _readable(codebook)
+    z, codebook = _native.aligned(_readable(z)), _native.aligned(_readable(codebook))
     ids = torch.empty(z.shape[0], dtype=torch.int64)
     codes, residual = (torch.empty(z.shape, dtype=torch.float32) for _ in range(2))
     _native.module().vq_lookup(

@@ -27,10 +27,23 @@ def sample_tokens(
     """
     weight, bias = weight.float(), bias.float()
     return sample_from_logits(
-        F.linear(cond.float(), weight, bias),
-        None if uncond is None else F.linear(uncond.float(), weight, bias),
+        head(cond.float(), weight, bias),
+        None if uncond is None else head(uncond.float(), weight, bias),
         guidance=guidance,
         softmax_temperature=softmax_temperature,
         tau=tau,
         noise=noise,
     )
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """hidden (R, D) @ weight (V, D)^T + bias -> (R, V), codes with equal weights and bias giving equal logits.
+
+    A matrix product may sum the columns beyond its last whole tile in another order, so that the lowest of equal codes
+    loses its tie by the last bit. With V a multiple of 64 there are no such columns.
+    """
+    codes = weight.shape[0]
+    missing = -codes % 64
+    if missing:
+        weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))
+    return F.linear(hidden, weight, bias)[:, :codes]

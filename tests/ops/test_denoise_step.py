@@ -432,6 +432,8 @@ def test_foreign_heads(change, message: str) -> None:
         ({"noise": LatentNoise(torch.arange(3), torch.arange(3) + 2**32, 0)}, "noise.tokens has values"),
         ({"guidance": float("nan")}, "guidance is nan, allowed is a finite number"),
         ({"temperature": "1"}, "temperature is '1', allowed is a finite number"),
+        ({"clip": 1}, "clip is 1, allowed are True and False"),
+        ({"weights": None}, "weights is a NoneType, allowed are HeadWeights"),
         ({"formula": "c-u"}, "formula is 'c-u', allowed are 'c.s"),
         ({"x": torch.zeros(3, 4).requires_grad_()}, "x requires a gradient, which denoise_step does not have"),
         ({"modulation": torch.zeros(6, 80).requires_grad_()}, "modulation requires a gradient"),
@@ -456,6 +458,8 @@ def test_bad_input(change: dict, message: str) -> None:
         ({"block_bias": torch.zeros(2, 16, device="meta")}, "weights.block_bias is on meta"),
         ({"input_weight": torch.zeros(16, 4).double()}, "weights are torch.float64"),
         ({"block_bias": torch.zeros(2, 16).requires_grad_()}, "block_bias requires a gradient"),
+        ({"hidden_weight": None}, "weights.hidden_weight is a NoneType, allowed is a tensor"),
+        ({"input_weight": torch.zeros(16)}, r"weights.input_weight has shape \(16,\), allowed is \(W, C\)"),
     ],
 )
 def test_bad_weights(change: dict, message: str) -> None:
@@ -485,6 +489,37 @@ def test_torch_compile(counter: bool) -> None:
     compiled = torch.compile(denoise_step, fullgraph=True, backend="aot_eager")
     got = compiled(case.x, case.modulation, case.weights, case.coefficients, noise, **case.settings)
     assert torch.equal(got, case.run(noise=noise))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_with_changing_numbers_and_rows(dynamic: bool | None) -> None:
+    first = Case((4, 16, 2, 6), "guided", torch.float32)
+
+    def step(x: Tensor, modulation: Tensor, noise: Tensor, guidance: float, temperature: float) -> Tensor:
+        settings = {"guidance": guidance, "temperature": temperature, "formula": "c+s(c-u)", "clip": True}
+        return denoise_step(x, modulation, first.weights, first.coefficients, noise, **settings)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows, guidance, temperature in ((6, 2.0, 1.0), (6, 3.0, 0.5), (10, 4.5, 1.0), (2, 2.0, 0.9), (64, 1.5, 1.0)):
+        case = Case((4, 16, 2, rows), "guided", torch.float32)
+        arguments = (case.x, case.modulation, case.noise, guidance, temperature)
+        assert torch.equal(compiled(*arguments), step(*arguments))
+
+
+def test_helpers_refuse_nonsense() -> None:
+    case = Case((4, 16, 2, 6), "guided", torch.float32)
+    for dtype in ("float32", 3, torch.int64):
+        with pytest.raises(ValueError, match="dtype is .*, allowed are None and floating-point types"):
+            pack_head(random_head(4, 16, 2), dtype)
+    with pytest.raises(ValueError, match="schedule is a NoneType, allowed is a Schedule"):
+        step_coefficients(None, "cpu")
+    with pytest.raises(ValueError, match=r"timesteps has shape \(1, 2\), allowed is \(K\)"):
+        embed_timesteps(case.weights, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"condition has shape \(6, 15\), allowed is \(rows, 16\)"):
+        modulations(case.weights, torch.zeros(6, 15), torch.zeros(16))
+    with pytest.raises(ValueError, match=r"time has shape \(15,\), allowed is \(16\)"):
+        modulations(case.weights, torch.zeros(6, 16), torch.zeros(15))
 
 
 def test_export() -> None:

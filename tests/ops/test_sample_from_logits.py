@@ -415,3 +415,22 @@ def test_bindings_check_before_they_touch_memory(change, message):
     sizes = {"rows": 1, "columns": 1, "cond_stride": 1, "uncond_stride": 0, "step": 0, "num_threads": 1}
     with pytest.raises(ValueError, match=message):
         _native.module().sample_from_logits(**{**addresses, **sizes, **SETTINGS, "dtype": "float32", **change})
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("tau", [1e-30, 1e-34, 1e-37, 1e-38, 1e-45])
+def test_noise_too_small_to_matter_decides_ties(backend, tau):
+    skip_unless_built(backend)
+    logits, noise = torch.zeros(60, 600), counters(60)
+    got = sample(logits, noise=noise, backend=backend, tau=tau, guidance=0.0)
+    assert torch.equal(got[0], sample(logits, noise=noise, backend="reference", tau=tau, guidance=0.0)[0])
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_logits_that_overflow_tie_to_the_lowest(backend, tau):
+    skip_unless_built(backend)
+    logits = torch.zeros(1, 600)
+    logits[0, 3], logits[0, 9] = 2.7336674e38, torch.finfo(torch.float32).max
+    got = sample(logits, noise=counters(1), backend=backend, tau=tau, softmax_temperature=0.80335265)
+    assert got[0].tolist() == [3] and got[1].tolist() == [math.inf]

@@ -224,3 +224,16 @@ BAD = [
 def test_bad_input_names_the_argument(name, call):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         call()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("codes", [2, 5, 33, 65, 130, 1000])
+@pytest.mark.parametrize("rows, width", [(1, 7), (1, 40), (3, 64), (17, 333)])
+def test_equal_codes_tie_to_the_lowest(backend, codes, rows, width):
+    """Wherever in the vocabulary they stand."""
+    skip_unless_built(backend)
+    cond, uncond = normals(rows, width), normals(rows, width, seed=1)
+    weight, bias = normals(1, width, seed=2).repeat(codes, 1), torch.full((codes,), 0.3)
+    for other in (None, uncond):
+        ids, confidence = sample(cond, other, weight, bias, noise=draws(rows, codes), backend=backend, tau=0.0)
+        assert ids.tolist() == [0] * rows and confidence.isfinite().all()

@@ -261,7 +261,7 @@ QKV, WEIGHT = torch.zeros(2, 3, 24), torch.ones(8)
         ({"heads": 3}, "with D a multiple of heads, 3"),
         ({"heads": 0}, "heads is 0, allowed are integers of at least 1"),
         ({"heads": 2.0}, "heads is 2.0, allowed are integers"),
-        ({"eps": -1e-5}, "eps is -1e-05, allowed are numbers of at least 0"),
+        ({"eps": -1e-5}, "eps is -1e-05, allowed is a finite number >= 0"),
         ({"eps": math.nan}, "eps is nan"),
         ({"q_weight": WEIGHT[:7]}, r"q_weight has shape \(7,\), allowed is \(8\)"),
         ({"q_bias": WEIGHT.int()}, "q_bias is torch.int32, allowed are floating-point types"),
