@@ -76,6 +76,19 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Backend
     return _explicit(op, device, backend, origin)
 
 
+def choose_for(op: str, x: torch.Tensor, backend: str | None) -> Backend:
+    """As :func:`choose`, for ops whose kernels have no float64: "auto" takes the reference, a request for another
+    backend is refused."""
+    if x.dtype != torch.float64:
+        return choose(op, x.device, backend)
+    if (requested() if backend is None else backend) == "auto":
+        return choose(op, x.device, "reference")
+    asked = choose(op, x.device, backend)
+    if asked.name != "reference":
+        raise ValueError(f"backend is {asked.name!r}, which cannot run {op} on torch.float64: 'reference' can")
+    return asked
+
+
 @cache
 def _explicit(op: str, device: torch.device, name: str, origin: str) -> Backend:
     usable = judge(op, device)[name]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dcar_fast.kernels._layout import memory_format
 from dcar_fast.ops._checks import check_same_device, check_tensor
-from dcar_fast.ops._dispatch import Backend, choose, requested
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -32,18 +31,6 @@ def check_like(first: str, one: Tensor, second: str, other: Tensor) -> None:
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
-
-
-def choose_for(op: str, x: Tensor, backend: str | None) -> Backend:
-    """The implementation for ``x``. float64 is for the reference: "auto" takes it, a request for another is refused."""
-    if x.dtype != torch.float64:
-        return choose(op, x.device, backend)
-    if (requested() if backend is None else backend) == "auto":
-        return choose(op, x.device, "reference")
-    asked = choose(op, x.device, backend)
-    if asked.name != "reference":
-        raise ValueError(f"backend is {asked.name!r}, which has no float64: allowed are 'auto' and 'reference'")
-    return asked
 
 
 def in_format_of(x: Tensor, result: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dcar_fast.ops._attention import check_type, choose_for
+from dcar_fast.ops._attention import check_type
 from dcar_fast.ops._checks import check_int64, check_same_device, check_tensor, check_values
-from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
+from dcar_fast.ops._dispatch import Backend, choose_for, current, everywhere, register, triton_usable
 from dcar_fast.ops._library import define
 from dcar_fast.reference import cross_attention as reference
 

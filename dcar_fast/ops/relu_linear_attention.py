@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dcar_fast.kernels._layout import empty_image
 from dcar_fast.ops._checks import check_no_grad
-from dcar_fast.ops._dispatch import Backend, current, everywhere, register, triton_usable
-from dcar_fast.ops._images import check_real, choose_for, in_format_of
+from dcar_fast.ops._dispatch import Backend, choose_for, current, everywhere, register, triton_usable
+from dcar_fast.ops._images import check_real, in_format_of
 from dcar_fast.ops._library import define
 from dcar_fast.reference import relu_linear_attention as reference
 

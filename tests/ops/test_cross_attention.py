@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dcar_fast.ops import cross_attention
-from dcar_fast.ops._dispatch import ENVIRONMENT, triton_usable
 from dcar_fast.reference.cross_attention import cross_attention as reference
 from tests.ops.sampling_cases import normals
 from tests.tolerance import check_close
@@ -225,27 +224,6 @@ LENGTHS = torch.tensor([5, 1])
 def test_bad_input(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cross_attention(**{"q": Q, "k": K, "v": K, "lengths": LENGTHS, **change})
-
-
-def test_kernels_refuse_float64_and_auto_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the kernels are preferred, but they have no float64."""
-    from dcar_fast.ops import _attention
-
-    triton = _attention.Backend("triton", reference, triton_usable)
-
-    def choose(op: str, device: torch.device, backend: str | None) -> _attention.Backend:
-        return triton if backend in (None, "auto", "triton") else original(op, device, backend)
-
-    original = _attention.choose
-    monkeypatch.setattr(_attention, "choose", choose)
-    assert _attention.choose_for("cross_attention", Q, None) is triton
-    for backend in (None, "auto", "reference"):
-        assert _attention.choose_for("cross_attention", Q.double(), backend).name == "reference"
-    with pytest.raises(ValueError, match="backend is 'triton', which cannot run cross_attention on torch.float64"):
-        _attention.choose_for("cross_attention", Q.double(), "triton")
-    monkeypatch.setenv(ENVIRONMENT, "triton")
-    with pytest.raises(ValueError, match="'triton', which cannot run cross_attention on torch.float64"):
-        _attention.choose_for("cross_attention", Q.double(), None)
 
 
 @pytest.mark.gpu

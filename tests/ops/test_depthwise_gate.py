@@ -175,7 +175,7 @@ def test_bad_input(change: dict, message: str) -> None:
 
 @pytest.mark.gpu
 def test_kernels_refuse_float64() -> None:
-    with pytest.raises(ValueError, match="backend is 'triton', which has no float64"):
+    with pytest.raises(ValueError, match="backend is 'triton', which cannot run depthwise_gate on torch.float64"):
         depthwise_gate(X.double().cuda(), W.cuda(), B.cuda(), backend="triton")
 
 

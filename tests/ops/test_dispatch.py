@@ -14,7 +14,7 @@ import torch
 
 from dcar_fast import ops
 from dcar_fast.ops import _dispatch, _native, vq_lookup
-from dcar_fast.ops._dispatch import BACKENDS, ENVIRONMENT, Backend, Usable, choose, register
+from dcar_fast.ops._dispatch import BACKENDS, ENVIRONMENT, Backend, Usable, choose, choose_for, register
 
 CPU = torch.device("cpu")
 
@@ -107,6 +107,21 @@ def test_ops_obey() -> None:
     with pytest.raises(ValueError, match="which cannot run vq_lookup on cpu: vq_lookup has no cuda implementation"):
         vq_lookup(z, codebook, backend="cuda")
     assert vq_lookup(z, codebook, backend="reference")[0].tolist() == [0, 0]
+
+
+def test_float64_is_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a kernel is preferred, but it has no float64."""
+    register("made_up", backend("triton"), backend("reference"))
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    for name in (None, "auto", "triton"):
+        assert choose_for("made_up", single, name).name == "triton"
+    for name in (None, "auto", "reference"):
+        assert choose_for("made_up", double, name).name == "reference"
+    with pytest.raises(ValueError, match="backend is 'triton', which cannot run made_up on torch.float64"):
+        choose_for("made_up", double, "triton")
+    monkeypatch.setenv(ENVIRONMENT, "triton")
+    with pytest.raises(ValueError, match="'triton', which cannot run made_up on torch.float64"):
+        choose_for("made_up", double, None)
 
 
 def test_report_covers_every_op_and_backend() -> None:

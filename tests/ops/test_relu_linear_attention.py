@@ -157,7 +157,9 @@ def test_bad_input(change: dict, message: str) -> None:
 
 @pytest.mark.gpu
 def test_kernels_refuse_float64() -> None:
-    with pytest.raises(ValueError, match="backend is 'triton', which has no float64"):
+    with pytest.raises(
+        ValueError, match="backend is 'triton', which cannot run relu_linear_attention on torch.float64"
+    ):
         relu_linear_attention(QKV.double().cuda(), backend="triton")
 
 
