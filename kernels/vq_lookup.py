@@ -63,15 +63,17 @@ PROGRAMS_PER_SM = 2
 
 @triton.jit
 def norms(source, place, live, channels, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """max(|x|, 1e-12) of the vectors that start at ``source + place`` (BLOCK,); 1e-12 where not ``live``."""
-    square = tl.zeros((BLOCK,), tl.float32)
+    """max(|x|, 1e-12) of the vectors that start at ``source + place`` (BLOCK,), 1e-12 where not ``live``; and their
+    largest absolute value."""
+    square, largest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = live[:, None] & (channel < channels)[None, :]
         x = tl.load(source + place[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         square += tl.sum(x * x, axis=1)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
     norm = tl.sqrt_rn(square)
-    return tl.where(norm < 1e-12, 1e-12, norm)  # keeps NaN, which a maximum may drop
+    return tl.where(norm < 1e-12, 1e-12, norm), largest  # keeps NaN, which a maximum may drop
 
 
 @triton.jit
@@ -90,14 +92,8 @@ def split(
     """Vectors ``first``.. of ``source`` (count, channels) to ``parts`` (2, capacity, padded); NaN beyond ``count``."""
     vector = first.to(tl.int64) + tl.arange(0, BLOCK)
     live = vector < count
-    norm = norms(source, vector * channels, live, channels, BLOCK, BLOCK_CHANNELS)
+    norm, largest = norms(source, vector * channels, live, channels, BLOCK, BLOCK_CHANNELS)
     if ROWS:  # divided by 1e-12, a tiny vector would vanish in float16
-        largest = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, channels, BLOCK_CHANNELS):
-            channel = start + tl.arange(0, BLOCK_CHANNELS)
-            mask = live[:, None] & (channel < channels)[None, :]
-            x = tl.load(source + (vector * channels)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
         norm = tl.where((norm == 1e-12) & (largest > 0.0), largest, norm)
     for start in range(0, padded, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
@@ -230,8 +226,8 @@ def finish_kernel(
         code = tl.where(larger, tl.min(tied, axis=0), code)
     tl.store(ids + row, code, mask=live)
 
-    row_norm = norms(z, row * channels, live, channels, BLOCK, BLOCK_CHANNELS)
-    code_norm = norms(codebook, code * channels, live, channels, BLOCK, BLOCK_CHANNELS)
+    row_norm, _ = norms(z, row * channels, live, channels, BLOCK, BLOCK_CHANNELS)
+    code_norm, _ = norms(codebook, code * channels, live, channels, BLOCK, BLOCK_CHANNELS)
     for start in range(0, channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = live[:, None] & (channel < channels)[None, :]
