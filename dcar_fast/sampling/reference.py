@@ -112,7 +112,7 @@ class _Run:
         else:
             self.ids = known.ids.to(device)
         table = torch.from_numpy(masked_counts(config, tokens)).to(device)
-        self.counts = table[:, (self.ids == c.mask_id).sum(dim=1)]  # (S, B)
+        self.counts = table.index_select(1, (self.ids == c.mask_id).sum(dim=1))  # (S, B)
 
     def draw(self, name: str, value: Tensor, *shape: int) -> Tensor:
         """The drawn noise on the right device, its shape checked: recordings come from outside."""
@@ -175,7 +175,11 @@ class _Run:
             dialect=Dialect(scale=c.head_scale),
             progress=report,
         ).view(self.batch, self.num_tokens, c.latent_channels)
+        return self.keep_known(residual)
+
+    def keep_known(self, residual: Tensor) -> Tensor:
+        """The residuals (B, N, C), those that are to be kept put back."""
         if self.known is None or self.known.residual is None:
             return residual
-        keep = self.known.keep if self.known.keep is not None else self.known.ids != c.mask_id
+        keep = self.known.keep if self.known.keep is not None else self.known.ids != self.model.config.mask_id
         return torch.where(keep.to(self.device)[..., None], self.known.residual.to(residual), residual)

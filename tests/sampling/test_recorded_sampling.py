@@ -8,6 +8,7 @@ import torch
 from dcar_fast.models.diffusion_head import Dialect, sample_rows
 from dcar_fast.reference.diffusion import diffusion_schedule
 from dcar_fast.sampling import Known, ReferenceSampler
+from dcar_fast.sampling.fast import FastSampler
 from dcar_fast.sampling.schedules import head_guidance
 from tests.golden_vectors import (
     INPAINTINGS,
@@ -34,13 +35,19 @@ def check_steps(sample, case: str, steps: int) -> None:
     assert sample.ids.dtype == torch.int64 and sample.residual.dtype == torch.float32
 
 
+SAMPLERS = pytest.mark.parametrize("sampler", [ReferenceSampler, FastSampler])
+
+
+@SAMPLERS
 @pytest.mark.parametrize("schedule_tokens", ["open", "all"])
 @pytest.mark.parametrize("mode", MODES)
-def test_generation(mode, schedule_tokens):
+def test_generation(mode, schedule_tokens, sampler):
     config = sampling_config(settings("generator")["generate"][mode], schedule_tokens=schedule_tokens)
     case = f"generate/{mode}"
-    sample = ReferenceSampler(generator(), config)(*text(), recorded_noise(case), trace=True)
+    sample = sampler(generator(), config)(*text(), recorded_noise(case), trace=True)
     check_steps(sample, case, 6)
+    silent = sampler(generator(), config)(*text(), recorded_noise(case))
+    assert torch.equal(silent.ids, sample.ids) and error(silent.residual, sample.residual) < 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,8 +74,9 @@ def test_head_on_the_recorded_hidden_states(mode):
     assert error(out, recorded[f"{case}/residual"].flatten(0, 1)) < 1e-3
 
 
+@SAMPLERS
 @pytest.mark.parametrize("case", INPAINTINGS)
-def test_inpainting(case):
+def test_inpainting(case, sampler):
     recorded, values = vectors("generator"), settings("generator")[case]
     states, mask = text()
     if "row" in values:
@@ -76,12 +84,12 @@ def test_inpainting(case):
     keep, given = recorded[f"{case}/keep"], recorded[f"{case}/init_residual"]
     known = Known(recorded[f"{case}/init_ids"], given, keep)
     config = sampling_config(values, schedule_tokens="all")
-    sample = ReferenceSampler(generator(), config)(states, mask, recorded_noise(case), known=known, trace=True)
+    sample = sampler(generator(), config)(states, mask, recorded_noise(case), known=known, trace=True)
     check_steps(sample, case, 6)
     assert torch.equal(sample.residual[keep], given[keep]), "kept residuals come out bit-equal"
     decided = known.ids != 64
     assert torch.equal(sample.ids[decided], known.ids[decided])
-    default = ReferenceSampler(generator(), config)(states, mask, recorded_noise(case), known=Known(known.ids, given))
+    default = sampler(generator(), config)(states, mask, recorded_noise(case), known=Known(known.ids, given))
     if torch.equal(keep, decided):
         assert torch.equal(default.residual, sample.residual), "known residuals are kept by default"
     else:

@@ -1,0 +1,1 @@
+"""The fast path: weights packed once per device and precision, and stages that skip what cannot matter."""

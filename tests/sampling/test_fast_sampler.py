@@ -1,0 +1,198 @@
+"""The fast sampler gives what the reference gives, from the same noise: tokens equal, residuals to rounding."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from dcar_fast.config import SamplingConfig
+from dcar_fast.models.dcar import DCAR
+from dcar_fast.noise import CounterNoise, TorchNoise
+from dcar_fast.sampling import Known, ReferenceSampler
+from dcar_fast.sampling.fast import FastSampler
+from tests.golden_vectors import error, generator, recorded_noise, text
+
+TOKENS, MASK, CODES, CHANNELS, LENGTH = 16, 64, 64, 8, 12
+OPTIONS = {
+    "default": {},
+    "one step": {"num_steps": 1},
+    "two steps": {"num_steps": 2},
+    "more steps than tokens": {"num_steps": 32},
+    "no guidance": {"guidance_scale": 0.0, "num_steps": 5},
+    "guidance 1": {"guidance_scale": 1.0, "num_steps": 5},
+    "guidance 8": {"guidance_scale": 8.0, "num_steps": 3},
+    "linear": {"guidance_schedule": "linear", "num_steps": 4},
+    "linear, one step": {"guidance_schedule": "linear", "num_steps": 1},
+    "linear 1": {"guidance_schedule": "linear", "guidance_scale": 1.0, "num_steps": 3},
+    "power-cosine": {"guidance_schedule": "power-cosine", "guidance_power": 1.2, "num_steps": 5},
+    "power-cosine, one step": {"guidance_schedule": "power-cosine", "num_steps": 1},
+    "greedy": {"temperature": 0.0, "num_steps": 4},
+    "not annealed": {"anneal_softmax": False, "num_steps": 4},
+    "final forward": {"final_forward": True, "num_steps": 4},
+    "final forward, no guidance": {"final_forward": True, "num_steps": 3, "guidance_scale": 0},
+}
+
+
+def prompts(rows: int, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text states and masks of prompts of different lengths, the first one full, some empty."""
+    made = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, LENGTH + 1, (rows,), generator=made)
+    lengths[0] = LENGTH
+    return torch.randn(rows, LENGTH, 24, generator=made), torch.arange(LENGTH) < lengths[:, None]
+
+
+def partly_known(rows: int) -> Known:
+    """From nothing open to everything, at scattered places."""
+    made = torch.Generator().manual_seed(rows)
+    ids = torch.randint(0, CODES, (rows, TOKENS), generator=made)
+    wanted = torch.linspace(0, TOKENS, rows).round() if rows > 1 else torch.tensor([5])
+    places = torch.rand(rows, TOKENS, generator=made).argsort(dim=1)
+    return Known(ids.masked_fill(places < wanted[:, None], MASK), torch.randn(rows, TOKENS, CHANNELS, generator=made))
+
+
+def check(found, expected) -> None:
+    assert torch.equal(found.ids, expected.ids)
+    assert error(found.residual, expected.residual) < 1e-4
+    assert found.residual.dtype == torch.float32 and not found.residual.requires_grad
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_equals_the_reference(case: str, rows: int, inpainting: bool) -> None:
+    config, known = SamplingConfig(**OPTIONS[case]), partly_known(rows) if inpainting else None
+    inputs = (*prompts(rows), 5)
+    expected = ReferenceSampler(generator(), config)(*inputs, known=known)
+    check(FastSampler(generator(), config)(*inputs, known=known), expected)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (5, 5), (1, 7), (8, 2)])
+def test_other_grids(grid: tuple[int, int]) -> None:
+    for known in (None, Known(torch.full((2, grid[0] * grid[1]), MASK))):
+        inputs = (*prompts(2), [3, 2**40])
+        expected = ReferenceSampler(generator())(*inputs, known=known, grid=grid)
+        check(FastSampler(generator())(*inputs, known=known, grid=grid), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12])
+def test_short_prompts_absorb_the_projections(length: int) -> None:
+    states, mask = (t[:, :length] for t in prompts(4))
+    check(FastSampler(generator())(states, mask, 1), ReferenceSampler(generator())(states, mask, 1))
+
+
+def test_masks_with_holes_and_prompts_in_changing_company() -> None:
+    """What is kept of one call serves the next one only where it is the same."""
+    sampler, reference = FastSampler(generator()), ReferenceSampler(generator())
+    states, _ = prompts(4)
+    made = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        mask = torch.rand(4, LENGTH, generator=made) < 0.5
+        check(sampler(states, mask, 2), reference(states, mask, 2))
+
+
+def test_lengths_from_the_caller_are_the_masks_own() -> None:
+    states, mask = prompts(5)
+    lengths = mask.sum(dim=1).tolist()
+    for _ in range(2):
+        check(
+            FastSampler(generator())(states, mask, 4, lengths=lengths), ReferenceSampler(generator())(states, mask, 4)
+        )
+    with pytest.raises(ValueError, match="lengths must have 5 entries, one for each row of text, got 2"):
+        FastSampler(generator())(states, mask, 4, lengths=[1, 2])
+
+
+def test_any_noise() -> None:
+    inputs = prompts(3)
+    counter = CounterNoise([7, 8, 9], num_tokens=TOKENS, codebook_size=CODES, latent_channels=CHANNELS)
+    check(FastSampler(generator())(*inputs, counter), ReferenceSampler(generator())(*inputs, counter))
+    recorded, config = recorded_noise("generate/constant"), SamplingConfig(num_steps=6, anneal_softmax=False)
+    check(FastSampler(generator(), config)(*text(), recorded), ReferenceSampler(generator(), config)(*text(), recorded))
+    drawn = TorchNoise(3, num_tokens=TOKENS, codebook_size=CODES, latent_channels=CHANNELS)
+    found = FastSampler(generator())(*inputs, drawn)
+    assert found.ids.max() < CODES and found.residual.isfinite().all()
+
+
+def test_trace_and_progress() -> None:
+    inputs, config = (*prompts(3), 1), SamplingConfig(num_steps=4)
+    expected = ReferenceSampler(generator(), config)(*inputs, trace=True)
+    seen = []
+    found = FastSampler(generator(), config)(*inputs, trace=True, progress=lambda *args: seen.append(args))
+    check(found, expected)
+    for got, want in zip(found.trace, expected.trace, strict=True):
+        assert torch.equal(got.ids_in, want.ids_in) and error(got.logits, want.logits) < 1e-4
+    assert seen == [("unmask", i, 4) for i in (1, 2, 3, 4)] + [("head", i, 32) for i in range(1, 33)]
+    assert FastSampler(generator(), config)(*inputs).trace == []
+
+
+def changed_in_place(model: DCAR) -> DCAR:
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(1.5)
+    return model
+
+
+def loaded(model: DCAR) -> DCAR:
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+    return model
+
+
+def assigned(model: DCAR) -> DCAR:
+    model.head.cond_embed.weight = torch.nn.Parameter(model.head.cond_embed.weight.detach() * 2)
+    return model
+
+
+def other_data(model: DCAR) -> DCAR:
+    model.to_logits.weight.data = model.to_logits.weight.data * 2
+    return model
+
+
+def other_buffer(model: DCAR) -> DCAR:
+    model.null_text.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("change", [changed_in_place, loaded, assigned, other_data, other_buffer])
+def test_packed_weights_follow_the_model(change) -> None:
+    model, inputs = copy.deepcopy(generator()), (*prompts(3), 6)
+    sampler = FastSampler(model)
+    before = sampler(*inputs)
+    check(before, ReferenceSampler(model)(*inputs))
+    change(model)
+    after = sampler(*inputs)
+    check(after, ReferenceSampler(model)(*inputs))
+    assert not torch.equal(after.residual, before.residual), "the change changes something"
+
+
+def test_a_model_that_is_gone_takes_its_packed_weights_along() -> None:
+    model = copy.deepcopy(generator())
+    FastSampler(model)(*prompts(1), 0)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_of_a_float32_model(dtype: torch.dtype) -> None:
+    inputs = (*prompts(3), 6)
+    found = FastSampler(generator(), dtype=dtype)(*inputs)
+    assert found.ids.min() >= 0 and found.ids.max() < CODES and found.residual.abs().max() <= 0.107 + 1e-3
+    assert generator().to_logits.weight.dtype == torch.float32
+    agreement = (found.ids == ReferenceSampler(generator())(*inputs).ids).float().mean()
+    assert agreement > 0.5, f"{agreement:.2f} of the tokens agree with float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, "model must be a DCAR, got Linear"),
+        ({"config": {}}, "config must be a SamplingConfig, got dict"),
+        ({"dtype": torch.int8}, "dtype must be float32, bfloat16 or float16, got torch.int8"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FastSampler(**{"model": generator(), **arguments})
