@@ -72,6 +72,14 @@ def test_bad_arguments() -> None:
     assert done.returncode == 2 and "--rows must be at least 1, got 0" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["cross_attention", "self_attention", "vq_lookup"])
+def test_training_steps(name: str) -> None:
+    done = run(name, *SMALL[name].split(), "--train")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["train"] is True and {"reference", line["fastest_torch"]} <= set(line["results"])
+
+
 def test_overhead() -> None:
     done = run("overhead", "--calls", "3", "--repeats", "1")
     assert done.returncode == 0, done.stderr

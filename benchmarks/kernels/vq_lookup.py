@@ -1,7 +1,8 @@
 """vq_lookup against PyTorch and libraries: every usable backend; cdist + argmin, and matmul + max in blocks, plain and
 compiled; faiss's exact inner-product index and vector-quantize-pytorch's cosine quantiser where they are installed.
 
-    python benchmarks/kernels/vq_lookup.py [--rows 4096 --codes 16384 --channels 32] [--rounds 15] [--device cpu]
+    python benchmarks/kernels/vq_lookup.py [--rows 4096 --codes 16384 --channels 32] [--rounds 15]
+        [--train] [--no-compile] [--threads N] [--device cpu]
 
 First every implementation must find the same codes (up to float64 cosines that differ by less than float32 rounding);
 then they are timed in turns. All of them normalise rows and codes within the timed call. Ends with one JSON line.
@@ -129,6 +130,37 @@ def check_parity(candidates: dict[str, Lookup], z: Tensor, codebook: Tensor) -> 
             sys.exit(f"error: {name} is wrong, nothing was timed")
 
 
+def training(name: str, lookup: Lookup, gradient: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The look-up and z's straight-through gradient for ``gradient`` at the codes: by the op itself, or as it is written
+    around a look-up that has none."""
+
+    def step(z: Tensor, codebook: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        if name in BACKENDS:
+            codes = lookup(z, codebook)[1]
+        else:
+            with torch.no_grad():
+                found = lookup(z, codebook)[1]
+            normalised = F.normalize(z, dim=1)
+            codes = normalised + (found - normalised).detach()
+        return torch.autograd.grad(codes, z, gradient)[0]
+
+    return step
+
+
+def check_gradients(
+    steps: dict[str, Callable[[Tensor, Tensor], Tensor]], z: Tensor, codebook: Tensor, gradient: Tensor
+) -> None:
+    """SystemExit unless each is the gradient of normalising, in float64."""
+    wide = z.double().requires_grad_()
+    truth = torch.autograd.grad(F.normalize(wide, dim=1), wide, gradient.double())[0]
+    for name, step in steps.items():
+        error = ((step(z, codebook) - truth).abs().max() / truth.abs().max()).item()
+        print(f"parity {name}: gradient off by {error:.1e} of the largest")
+        if not error <= 1e-5:
+            sys.exit(f"error: the gradient of {name} is wrong, nothing was timed")
+
+
 def extra_memory(z: Tensor, codebook: Tensor) -> float | None:
     """MiB by which the native backend raises the process's peak memory beyond its outputs; None without it."""
     if not _native.cpu_usable(z.device).ok:
@@ -146,6 +178,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=32, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads, for all alike (torch's default)")
+    parser.add_argument("--train", action="store_true", help="time the look-up and its straight-through gradient")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes its time first")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     arguments = parser.parse_args()
@@ -162,6 +195,10 @@ def main() -> None:
     memory = extra_memory(z, codebook)
     candidates = implementations(arguments.device, codebook, not arguments.no_compile)
     check_parity(candidates, z, codebook)
+    if arguments.train:
+        gradient = torch.randn_like(z)
+        candidates = {name: training(name, lookup, gradient) for name, lookup in candidates.items()}
+        check_gradients(candidates, z, codebook, gradient)
     calls = {name: (lambda lookup=lookup: lookup(z, codebook)) for name, lookup in candidates.items()}
     results = summary(interleave(calls, arguments.rounds, arguments.device))
 
@@ -178,7 +215,7 @@ def main() -> None:
         "native_extra_mib": memory,
         "cpu_isa": _native.module().vq_lookup_isas()[0] if memory is not None else None,
     }
-    shape = {name: getattr(arguments, name) for name in ("rows", "codes", "channels", "rounds")}
+    shape = {name: getattr(arguments, name) for name in ("rows", "codes", "channels", "rounds", "train")}
     print_results("vq_lookup", arguments.device, shape, results, **more)
 
 
