@@ -131,8 +131,8 @@ def check_parity(candidates: dict[str, Lookup], z: Tensor, codebook: Tensor) -> 
 
 
 def training(name: str, lookup: Lookup, gradient: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The look-up and z's straight-through gradient for ``gradient`` at the codes: by the op itself, or as it is written
-    around a look-up that has none."""
+    """The look-up and z's straight-through gradient for ``gradient`` at the codes: by the op itself, or as people write
+    it around a look-up that has none."""
 
     def step(z: Tensor, codebook: Tensor) -> Tensor:
         z = z.detach().requires_grad_()
