@@ -33,9 +33,9 @@ from dcar_fast._inputs import check_device
 from dcar_fast.kernels import configs
 from dcar_fast.kernels.configs import Case, Config, Table
 from dcar_fast.ops._dispatch import current, triton_usable
+from dcar_fast.timing import event_timer
 
 MARGIN = 0.02  # share of the time that a candidate must save, and may lose in no case, to replace what ships
-ROUNDS = 30
 JOBS = min(8, os.cpu_count() or 1)  # processes that compile; each takes some GPU memory as well
 # Allowed |difference| / (|value| + root mean square) between two tilings, which add the same numbers in another order.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -287,36 +287,6 @@ def _agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
         return True
     scale = expected.abs() + expected.square().mean().sqrt()
     return bool(((got - expected).abs() <= tolerance * scale).all())
-
-
-def event_timer(device: torch.device, rounds: int = ROUNDS) -> Callable[[Mapping[Any, Callable[[], object]]], dict]:
-    """A timer for GPU work: seconds between two events around each call, ``rounds`` of them, the calls in turns.
-
-    A write larger than the L2 cache comes before each: the call finds nothing cached, and is enqueued while the GPU is
-    busy, so that the time of its launch does not count unless it is longer than that write.
-    """
-    size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-
-    def measure(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
-        """Seconds of every round, by name; two rounds before are not counted."""
-        spoil = torch.empty(size, dtype=torch.uint8, device=device)
-        events: dict[Any, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-        names = list(calls)
-        with current(device):
-            for call in [*calls.values()] * 2:
-                call()
-            for turn in range(rounds):
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    spoil.zero_()
-                    start.record()
-                    calls[name]()
-                    end.record()
-                    events[name].append((start, end))
-            torch.cuda.synchronize(device)
-        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
-
-    return measure
 
 
 # The file

@@ -87,6 +87,7 @@ def test_overhead() -> None:
     assert set(line["results"]) == {"add_residual", "remask", "sample_from_logits", "vq_lookup"}
     for microseconds in line["results"].values():
         assert microseconds["public_us"] > 0 and microseconds["bare_us"] > 0
+    assert set(line["registration"]) == {"plain_us", "define_us", "custom_op_us"}
     done = run("overhead", "--calls", "0")
     assert done.returncode == 2 and "--calls must be at least 1, got 0" in done.stderr
 

@@ -44,6 +44,7 @@ APPLICATIONS = {
     "integrations",
     "pipeline",
     "training",
+    "timing",
     "tuning",
 }
 # Packages from outside that belong to one layer only.

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcar_fast import tuning
+from dcar_fast import timing, tuning
 from dcar_fast.kernels import configs
 from dcar_fast.kernels.configs import Case, Config, Rule, Table
 from dcar_fast.tuning import Choice, Named
@@ -478,8 +478,8 @@ def test_the_timer_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=100 << 20))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(tuning, "current", lambda device: nullcontext())
-    times = tuning.event_timer(CPU, rounds=2)({1: lambda: log.append("a"), 2: lambda: log.append("b")})
+    monkeypatch.setattr(timing, "current", lambda device: nullcontext())
+    times = timing.event_timer(CPU, rounds=2)({1: lambda: log.append("a"), 2: lambda: log.append("b")})
     assert times == {1: [0.005, 0.005], 2: [0.005, 0.005]}
     timed = [["spoil", "event", name, "event"] for name in "abba"]
     assert log == [*"abab", *sum(timed, []), "wait"]
@@ -502,6 +502,6 @@ def test_warmup_and_tune_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_timer_sees_the_gpu() -> None:
     """Twice the work takes about twice as long; nothing is said about how long."""
     x = torch.randn(4096, 4096, device="cuda")
-    times = tuning.event_timer(torch.device("cuda", 0), rounds=7)({1: lambda: x @ x, 2: lambda: (x @ x, x @ x)})
+    times = timing.event_timer(torch.device("cuda", 0), rounds=7)({1: lambda: x @ x, 2: lambda: (x @ x, x @ x)})
     one, two = (sorted(times[name])[3] for name in (1, 2))
     assert 1.5 < two / one < 2.5

@@ -26,7 +26,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, devi
     if device != "cpu":
         import torch
 
-        from dcar_fast.tuning import event_timer
+        from dcar_fast.timing import event_timer
 
         return event_timer(torch.device(device), rounds)(candidates)
     names = list(candidates)

@@ -68,6 +68,22 @@ def measure(op: str, arguments: tuple, keywords: dict[str, Any], time_of: Callab
     return {level: seconds[level] for level in LEVELS}
 
 
+def registration(time_of: Callable) -> dict[str, float]:
+    """Seconds for an operator that makes one number: as a plain function, by ``Library.define`` and ``impl`` as the ops
+    here, and by ``torch.library.custom_op``."""
+
+    def make(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(1)
+
+    library, x = torch.library.Library("dcar_fast_overhead", "DEF"), torch.zeros(1)
+    library.define("defined(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("defined", make, "CompositeExplicitAutograd")
+    custom = torch.library.custom_op("dcar_fast_overhead::custom", make, mutates_args=(), schema="(Tensor x) -> Tensor")
+    defined = torch.ops.dcar_fast_overhead.defined.default
+    functions = {"plain": make, "define": defined, "custom_op": custom}
+    return {name: time_of(lambda function=function: function(x)) for name, function in functions.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=2000, help="calls in a repeat (%(default)s)")
@@ -91,6 +107,8 @@ def main() -> None:
 
     results = {op: measure(op, *given, time_of) for op, given in inputs().items()}
     rows = [(op, *(f"{1e6 * seconds[level]:.1f}" for level in LEVELS)) for op, seconds in results.items()]
+    registered = registration(time_of)
+    print(table(("registration", "us"), [(name, f"{1e6 * value:.1f}") for name, value in registered.items()]))
     print(table(("op", *(f"{level} us" for level in LEVELS)), rows))
     line = {
         "benchmark": "overhead",
@@ -103,6 +121,7 @@ def main() -> None:
         "results": {
             op: {f"{level}_us": 1e6 * value for level, value in seconds.items()} for op, seconds in results.items()
         },
+        "registration": {f"{name}_us": 1e6 * value for name, value in registered.items()},
         "versions": environment("cpu"),
         "commit": commit(),
     }
