@@ -29,6 +29,7 @@ _PUBLIC = {
     "Output": "dcar_fast.models.dcar",
     "TextEncoder": "dcar_fast.models.text_encoder",
     "ReferenceSampler": "dcar_fast.sampling",
+    "FastSampler": "dcar_fast.sampling",
     "Sample": "dcar_fast.sampling",
     "Known": "dcar_fast.sampling",
     "load_official_generator": "dcar_fast.checkpoints",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from dcar_fast.models.tokenizer import DCHT, Tokens
     from dcar_fast.noise import CounterNoise, RecordedNoise, TorchNoise
     from dcar_fast.pipeline import DCARPipeline
-    from dcar_fast.sampling import Known, ReferenceSampler, Sample
+    from dcar_fast.sampling import FastSampler, Known, ReferenceSampler, Sample
 
 
 def __getattr__(name: str) -> object:

@@ -93,6 +93,21 @@ class TokenNoise:
 
 
 @dataclass(frozen=True, eq=False)
+class ConfidenceNoise:
+    """Counter noise on the confidences of whole images: seeds (B,) int64, one step."""
+
+    seeds: Tensor
+    step: int
+
+    def uniform(self, tokens: int) -> Tensor:
+        """The uniforms (B, tokens) that :meth:`CounterNoise.confidence` gives these images."""
+        batch = len(self.seeds)
+        positions = torch.arange(tokens, device=self.seeds.device).expand(batch, tokens)
+        seeds = self.seeds[:, None].expand(batch, tokens)
+        return uniform(seeds.flatten(), positions.flatten(), 1, self.step, STREAM_CONFIDENCE).view(batch, tokens)
+
+
+@dataclass(frozen=True, eq=False)
 class LatentNoise:
     """Counter noise of one denoising step for rows that are not a whole image: seeds (R,) int64, tokens (R,) int64
     positions, ``step`` in drawing order (0 belongs to the largest timestep)."""

@@ -16,7 +16,7 @@ from dcar_fast.kernels import _denoise_parts as parts
 from dcar_fast.kernels._denoise_linear import linear_kernel, modulate_kernel
 from dcar_fast.kernels._denoise_parts import Counter
 from dcar_fast.kernels._denoise_tail import tail_kernel
-from dcar_fast.kernels.configs import Case, Config
+from dcar_fast.kernels.configs import INTERPRETED, Case, Config
 from dcar_fast.kernels.offline import Variant
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -81,6 +81,12 @@ def denoise_step(
         from_conditional=from_conditional,
         clip=clip,
     )
+
+
+def launches_per_block(rows: int, width: int, element: int) -> int:
+    """Of one residual block on ``rows`` rows: 3 where the configuration that ships normalises before the product."""
+    config = parts.HIDDEN.ship(INTERPRETED, rows=rows, width=width, bytes=element)
+    return 2 if config.blocks["NORMALISE"] else 3
 
 
 def sizes(part: str, rows: int, channels: int, element: int) -> dict[str, int]:

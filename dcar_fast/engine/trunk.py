@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcar_fast.engine.base import layer_norm, take
 from dcar_fast.engine.linear import Linear
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.transformer import Block, merge_heads, split_heads
@@ -188,16 +189,6 @@ class Trunk:
             x = x + (torch.cat(looked) if branches > 1 else looked[0])
             x = x + block.mlp(x)
         return x
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """The trunk's LN without affine."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """x (R, N, D) at positions ``rows`` (R, n) -> (R, n, D)."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _affine(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

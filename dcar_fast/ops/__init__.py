@@ -1,6 +1,6 @@
 """Operations with several implementations behind one function each; ``_dispatch`` chooses and says why."""
 
-from dcar_fast.noise import LatentNoise, TokenNoise
+from dcar_fast.noise import ConfidenceNoise, LatentNoise, TokenNoise
 from dcar_fast.ops._dispatch import report
 from dcar_fast.ops._head import embed_condition, embed_timesteps, modulations, pack_head, step_coefficients
 from dcar_fast.ops.add_residual import add_residual
@@ -8,6 +8,9 @@ from dcar_fast.ops.channel_norm import channel_norm
 from dcar_fast.ops.cross_attention import cross_attention
 from dcar_fast.ops.denoise_step import denoise_step
 from dcar_fast.ops.depthwise_gate import depthwise_gate
+from dcar_fast.ops.gelu import gelu
+from dcar_fast.ops.latent_noise import latent_noise
+from dcar_fast.ops.place_tokens import place_tokens
 from dcar_fast.ops.relu_linear_attention import relu_linear_attention
 from dcar_fast.ops.remask import remask
 from dcar_fast.ops.sample_from_logits import sample_from_logits
@@ -17,6 +20,7 @@ from dcar_fast.ops.upsample_shortcut import upsample_shortcut
 from dcar_fast.ops.vq_lookup import vq_lookup
 
 __all__ = [
+    "ConfidenceNoise",
     "LatentNoise",
     "TokenNoise",
     "add_residual",
@@ -26,8 +30,11 @@ __all__ = [
     "depthwise_gate",
     "embed_condition",
     "embed_timesteps",
+    "gelu",
+    "latent_noise",
     "modulations",
     "pack_head",
+    "place_tokens",
     "relu_linear_attention",
     "remask",
     "report",

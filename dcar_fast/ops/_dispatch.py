@@ -35,12 +35,13 @@ class Usable(NamedTuple):
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op: ``run`` takes the op's checked arguments, ``usable`` judges a device. ``launches``:
-    the GPU kernels that one call launches, None where PyTorch's own run in a number that nobody promised."""
+    the GPU kernels that one call launches, or a function of the operator's arguments that tells; None where PyTorch's
+    own run in a number that nobody promised."""
 
     name: str
     run: Callable[..., Any]
     usable: Callable[[torch.device], Usable]
-    launches: int | None = None
+    launches: int | Callable[..., int] | None = None
 
 
 _ops: dict[str, tuple[Backend, ...]] = {}
@@ -119,6 +120,15 @@ def judge(op: str, device: torch.device) -> dict[str, Usable]:
 def report(device: torch.device | str) -> dict[str, dict[str, Usable]]:
     """:func:`judge` for every op: ``report("cpu")["vq_lookup"]["native"]`` is ``(usable, reason)``."""
     return {op: judge(op, torch.device(device)) for op in sorted(_ops)}
+
+
+def launches(op: str, *arguments: Any, **keywords: Any) -> int:
+    """The kernels that Triton launches for one call of the operator ``dcar_fast::<op>`` with these arguments.
+    ValueError for an op that has no Triton implementation or promises no number."""
+    declared = next((backend.launches for backend in _ops[op] if backend.name == "triton"), None)
+    if declared is None:
+        raise ValueError(f"{op} declares no number of launches")
+    return declared(*arguments, **keywords) if callable(declared) else declared
 
 
 def everywhere(device: torch.device) -> Usable:

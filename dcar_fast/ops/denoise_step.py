@@ -235,10 +235,16 @@ def _run_triton(
         )
 
 
-# A Triton step launches 2 + 2 D kernels with few rows, 2 + 3 D with many: 14 for the released head and one image. The
-# number depends on the head, so none is declared; the matrix product of ``modulations`` comes on top.
+def _launches(x: Tensor, modulation: Tensor, weights: list[Tensor], *others: object) -> int:
+    """The projection, two or three a block, the tail: 14 for the released head and one image."""
+    from dcar_fast.kernels.denoise_step import launches_per_block  # triton is loaded on use only
+
+    head = HeadWeights(*weights)
+    return 2 + head.depth * launches_per_block(len(modulation), head.width, head.input_weight.element_size())
+
+
 register(
     "denoise_step",
-    Backend("triton", _run_triton, triton_usable),
+    Backend("triton", _run_triton, triton_usable, launches=_launches),
     Backend("reference", _run_reference, everywhere),
 )

@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_fast.config import SamplingConfig
-from dcar_fast.engine.head import Head
-from dcar_fast.engine.linear import Linear
-from dcar_fast.engine.pack import packed
-from dcar_fast.engine.trunk import Trunk, layer_norm, take
+from dcar_fast.engine import buckets
+from dcar_fast.engine.base import Engine
+from dcar_fast.engine.choice import Choice
+from dcar_fast.engine.graph import CaptureError
 from dcar_fast.models.dcar import DCAR
-from dcar_fast.models.diffusion_head import Dialect
-from dcar_fast.noise import CounterNoise, Noise, TokenNoise
-from dcar_fast.ops import sample_from_logits
-from dcar_fast.profiling import stage
-from dcar_fast.reference.diffusion import diffusion_schedule
-from dcar_fast.reference.remask import remask
-from dcar_fast.reference.sample_from_logits import gumbel
-from dcar_fast.sampling.reference import Progress, ReferenceSampler, _Run
-from dcar_fast.sampling.schedules import Step, masked_counts
-from dcar_fast.sampling.types import Known, Sample, StepTrace
+from dcar_fast.noise import CounterNoise, Noise
+from dcar_fast.sampling._draws import DrawnDraws, Draws, SeededDraws
+from dcar_fast.sampling._fast_run import FastRun
+from dcar_fast.sampling.reference import ReferenceSampler
+from dcar_fast.sampling.request import Progress, Request
+from dcar_fast.sampling.schedules import masked_counts
+from dcar_fast.sampling.types import Known, Sample
 
-FIRST_STEPS = 64  # first unconditional passes kept per model: one for every prompt length met lately
-ROWS = 1024  # positions whose logits exist at a time on a CPU
-
-
-class _Engine:
-    """A generator packed in one precision."""
-
-    def __init__(self, model: DCAR, dtype: torch.dtype) -> None:
-        self.trunk = Trunk(model, dtype)
-        self.head = Head(model.head, diffusion_schedule(model.config.head_steps), dtype)
-        # in float32 on a CPU, where a product in bfloat16 would also round the logits
-        self.to_logits = Linear.of(model.to_logits, torch.float32)
-        self._first: OrderedDict[tuple, Tensor] = OrderedDict()
-
-    def first_unconditional(self, grid: tuple[int, int], mask: Tensor, prompts: Sequence[Hashable]) -> Tensor:
-        """Hidden states (B, N, D) of an unconditional pass over nothing but MASK: they depend on the mask (B, T) alone,
-        that is, on the length of the prompt. prompts: B keys, equal where the masks are."""
-        keys = [(grid, mask.shape[1], prompt) for prompt in prompts]
-        missing = {key: row for row, key in enumerate(keys) if key not in self._first}
-        if missing:
-            picked = mask[list(missing.values())]
-            ids = torch.full((len(picked), grid[0] * grid[1]), self.trunk.config.mask_id, device=mask.device)
-            null = self.trunk.null(mask.shape[1])
-            self._first.update(zip(missing, self.trunk(ids, grid, [null], picked, alike=True), strict=True))
-        found = torch.stack([self._first[key] for key in keys])
-        while len(self._first) > FIRST_STEPS:
-            self._first.popitem(last=False)
-        return found
+logger = logging.getLogger(__name__)
 
 
 class FastSampler:
@@ -60,21 +33,34 @@ class FastSampler:
 
     Left out is what cannot change the result: see ``engine/trunk.py`` and ``engine/head.py``; and logits are computed
     for open positions alone, from the guided hidden state. In float32 the tokens are those of the reference up to ties
-    within rounding; ``dtype`` (default: the model's) is the precision of trunk and head, the sampling arithmetic is
-    float32. The packed weights follow the model: they are made anew when its parameters change.
+    within rounding. The packed weights follow the model: they are made anew when its parameters change, and all
+    samplers of a model share them.
+
+    backend: "auto" takes the fused ops' Triton kernels on a GPU and packed linears on a CPU; "triton", "native" and
+    "reference" (the fused ops in plain PyTorch) insist. dtype: of trunk and head, by default the model's; the sampling
+    arithmetic is float32. cuda_graph: "auto" captures the whole of a call in a CUDA graph where that is possible and
+    says once in the log where it is not; True insists, False never does. ``ValueError`` for what cannot be.
+
+    A graph serves a bucket: 1, 2, 4, 8 or 16 images, prompts of up to 32, 64, 128 or all tokens, one grid and one
+    config. It is captured when it is first needed, which takes seconds; see :meth:`warmup`.
     """
 
-    def __init__(self, model: DCAR, config: SamplingConfig | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: DCAR,
+        config: SamplingConfig | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        cuda_graph: str | bool = "auto",
+    ) -> None:
         if not isinstance(model, DCAR):
             raise ValueError(f"model must be a DCAR, got {type(model).__name__}")
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        self.model, self.dtype = model, dtype
+        if cuda_graph not in ("auto", True, False):
+            raise ValueError(f"cuda_graph must be 'auto', True or False, got {cuda_graph!r}")
+        self.model, self.cuda_graph = model, cuda_graph
         self.config = ReferenceSampler(model, config).config  # checked there
-
-    def _engine(self) -> _Engine:
-        dtype = self.dtype or self.model.token_embedding.weight.dtype
-        return packed(self.model, dtype, lambda model: _Engine(model, dtype))
+        self._choice = Choice(model, backend, dtype)
+        self._said: set[str] = set()
 
     @torch.no_grad()
     def __call__(
@@ -91,137 +77,190 @@ class FastSampler:
         """text_states (B, T, Dt) float and text_mask (B, T) bool -> Sample; see :class:`ReferenceSampler`.
 
         lengths: how many True each row of the mask starts with and has, where the caller knows; else the mask is read
-        from the device, the one time that this waits for it.
+        from the device, the one time that this waits for it (and once more for the number of open tokens in ``known``
+        on a GPU). In a graph progress is reported at the end only.
         """
-        run = _FastRun(self.model, self.config, text_states, text_mask, noise, known, grid, progress)
-        if lengths is not None and len(lengths) != run.batch:
-            raise ValueError(f"lengths must have {run.batch} entries, one for each row of text, got {len(lengths)}")
-        prompts = lengths if lengths is not None else [row.numpy().tobytes() for row in text_mask.cpu()]
-        run.start(self._engine(), prompts, trace)
-        for step in run.plan:
-            with stage("unmask", step.index):
-                run.step(step)
-        if self.config.final_forward:
-            with stage("final_forward"):
-                run.hidden = run.look(guided=run.head_guided)
-        with stage("head"):
-            residual = run.denoise(run.hidden)
-        return Sample(run.ids, residual, run.trace)
+        request = self._request(text_states, text_mask, noise, known, grid, progress)
+        lengths = _lengths(text_mask) if lengths is None else _checked(lengths, request)
+        request = _cut(request, lengths)
+        engine = self._choice.engine(prefix=lengths is not None)
+        with engine.lock:
+            reason = self._no_graph(engine, request, trace)
+            if reason is None:
+                try:
+                    return self._graphed(engine, request, lengths)
+                except CaptureError as error:
+                    if self.cuda_graph is True:
+                        raise
+                    reason = engine.capture_failed = f"capturing failed ({error})"
+                    logger.warning("sampling without a CUDA graph from now on: %s", reason)
+            self._explain(reason)
+            prompts = lengths or [row.numpy().tobytes() for row in request.text_mask.cpu()]
+            first = engine.first_unconditional(request.grid, request.text_mask, prompts) if known is None else None
+            counts, most_open = _open_counts(request)
+            states, mask = request.text_states, request.text_mask
+            return FastRun(engine, request, _draws(request), states, mask, counts, most_open, first, trace)()
 
+    @torch.no_grad()
+    def warmup(
+        self,
+        batches: Sequence[int] = (1,),
+        lengths: Sequence[int] = (64,),
+        grid: tuple[int, int] | None = None,
+    ) -> list[tuple[int, int]]:
+        """Packs the weights and captures the graphs of these batches and prompt lengths, the largest first.
 
-class _FastRun(_Run):
-    """One call's state; inputs, plan and noise are those of the reference."""
-
-    def start(self, engine: _Engine, prompts: Sequence[Hashable], trace: bool) -> None:
-        self.engine, self.prompts = engine, prompts
-        self.tracing, self.trace = trace, []
-        states, self.mask = self.text
-        self.conditional = engine.trunk.read(states)
-        mask_id = self.model.config.mask_id
-        if self.known is None:
-            open_tokens = [self.num_tokens] * self.batch
-        else:
-            open_tokens = (self.known.ids == mask_id).sum(dim=1).tolist()
-        counts = masked_counts(self.config, self.num_tokens)[:, open_tokens].max(axis=1, initial=0)
-        self.most_open = [max(open_tokens), *counts.tolist()]  # at the start of each step, over the images
-        self.seeds = None
-        if isinstance(self.noise, CounterNoise):
-            self.seeds = torch.tensor(self.noise.seeds, device=self.device)
-
-    def look(self, guided: bool, rows: Tensor | None = None, first: bool = False) -> Tensor:
-        """Hidden states of [cond; uncond] or cond, (B or 2B, N or n, D)."""
-        trunk = self.engine.trunk
-        fresh = first and self.known is None
-        if guided and fresh:
-            hidden = trunk(self.ids, self.grid, [self.conditional], self.mask, rows, alike=True)
-            unconditional = self.engine.first_unconditional(self.grid, self.mask, self.prompts)
-            return torch.cat((hidden, unconditional))
-        texts = [self.conditional, trunk.null(self.mask.shape[1])] if guided else [self.conditional]
-        return trunk(self.ids, self.grid, texts, self.mask, rows, alike=fresh)
-
-    def step(self, step: Step) -> None:
-        """One unmasking step; replaces ``self.ids``."""
-        last = step.index == self.config.num_steps - 1
-        feeds_head = last and not self.config.final_forward
-        is_open = self.ids == self.model.config.mask_id  # (B, N)
-        most = self.most_open[step.index]
-        rows = None if most == self.num_tokens else (~is_open).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        whole = feeds_head or self.tracing
-        guided = step.guidance is not None or (feeds_head and self.head_guided)
-        hidden = self.look(guided, None if whole else rows, first=step.index == 0)
-        if feeds_head:
-            self.hidden = hidden
-        if self.tracing:
-            self.trace.append(StepTrace(self.ids, self.engine.to_logits(layer_norm(hidden.float()))))
-        branches = len(hidden) // self.batch
-        wanted = hidden if rows is None or not whole else take(hidden, rows.repeat(branches, 1))
-        state = layer_norm(wanted.float())  # (B or 2B, n, D)
-        cond = state[: self.batch]
-        if step.guidance is not None:
-            cond = cond + step.guidance * (cond - state[self.batch :])
-        ids, confidence = self.sample(cond, rows, step)
-        self.ids = self.place(ids, confidence, rows, is_open, step, last)
-        if self.progress is not None:
-            self.progress("unmask", step.index + 1, self.config.num_steps)
-
-    def sample(self, state: Tensor, rows: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
-        """Guided, normed hidden states (B, n, D) at positions ``rows`` -> ids and confidence (B, n)."""
-        batch, count, _ = state.shape
-        if not count:  # every token was known
-            return self.ids[:, :0], state[..., 0]
-        positions = torch.arange(count, device=self.device).expand(batch, -1) if rows is None else rows
-        if self.seeds is None:
-            uniforms = self.draw(f"token({step.index})", self.noise.token(step.index), self.model.config.codebook_size)
-            uniforms = (uniforms if rows is None else take(uniforms, rows)).flatten(0, 1)
-        else:
-            seeds, tokens = self.seeds[:, None].expand(-1, count).flatten(), positions.flatten()
+        Returns the captured buckets (images, tokens), none where there are no graphs. Kernels are compiled on the way.
+        """
+        longest = self.model.config.text_length
+        sizes = [
+            (buckets.batch_bucket(batch), buckets.length_bucket(length, longest))
+            for batch in buckets.check_sizes("batches", batches, buckets.BATCHES[-1])
+            for length in buckets.check_sizes("lengths", lengths, longest)
+        ]
         found = []
-        for start in range(0, batch * count, ROWS):
-            block = slice(start, start + ROWS)
-            found.append(
-                sample_from_logits(
-                    self.engine.to_logits(state.flatten(0, 1)[block]),
-                    None,
-                    guidance=0.0,
-                    softmax_temperature=step.softmax_temperature,
-                    tau=step.tau,
-                    noise=uniforms[block]
-                    if self.seeds is None
-                    else TokenNoise(seeds[block], tokens[block], step.index),
-                )
-            )
-        ids, confidence = (torch.cat(parts).view(batch, count) for parts in zip(*found, strict=True))
-        return ids, confidence
+        for batch, length in dict.fromkeys(sizes):
+            states = torch.zeros(batch, length, self.model.config.text_dim, device=self._choice.device)
+            mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
+            self(states, mask, 0, grid=grid, lengths=[length] * batch)
+            request = self._request(states, mask, 0, None, grid, None)
+            engine = self._choice.engine(prefix=True)
+            if self._no_graph(engine, request, trace=False) is None:
+                found.append((batch, length))
+        return found
 
-    def place(self, ids: Tensor, confidence: Tensor, rows, is_open: Tensor, step: Step, last: bool) -> Tensor:
-        """The new ids (B, N): sampled ones where open, and the least confident of them masked again."""
-        if rows is not None:
-            ids = self.ids.scatter(1, rows, ids)
-            confidence = confidence.new_zeros(self.ids.shape).scatter(1, rows, confidence)
-        ids = torch.where(is_open, ids, self.ids)
-        if last:
-            return ids
-        u = self.draw(f"confidence({step.index})", self.noise.confidence(step.index))
-        confidence = confidence + step.tau * gumbel(u)
-        # below +inf even for infinite logits, so that known tokens always rank last
-        confidence = confidence.clamp(max=torch.finfo(torch.float32).max).masked_fill(~is_open, float("inf"))
-        return remask(ids, confidence, self.counts[step.index], self.model.config.mask_id)
+    def _request(self, text_states, text_mask, noise, known, grid, progress) -> Request:
+        """Checked, and with the text on the model's device."""
+        device = self._choice.device
+        model, config = self.model.config, self.config
+        request = Request.check(model, config, device, text_states, text_mask, noise, known, grid, progress)
+        return replace(request, text_states=text_states.to(device), text_mask=text_mask.to(device))
 
-    def denoise(self, hidden: Tensor) -> Tensor:
-        """Residuals (B, N, C) from hidden states (B or 2B, N, D)."""
-        c = self.model.config
-        condition = hidden if self.head_guided else hidden[: self.batch]
+    # ---- graphs
 
-        def report(i: int) -> None:
-            if self.progress is not None:
-                self.progress("head", i + 1, self.schedule.num_steps)
+    def _no_graph(self, engine, request: Request, trace: bool) -> str | None:
+        """Why this call runs without a graph; ``ValueError`` if one was insisted on."""
+        if self.cuda_graph is False:
+            return "cuda_graph is False"
+        reason = engine.no_graph()
+        if reason is not None:
+            pass
+        elif not isinstance(request.noise, CounterNoise):
+            reason = f"a graph draws its own noise from seeds, this is a {type(request.noise).__name__}"
+        elif request.known is not None:
+            reason = "the number of open tokens differs from call to call"
+        elif trace:
+            reason = "a trace was asked for"
+        if reason is not None and self.cuda_graph is True:
+            raise ValueError(f"cuda_graph is True, but {reason}")
+        return reason
 
-        residual = self.engine.head(
-            condition.flatten(0, 1),
-            self.draw("latent_init", self.noise.latent_init(), c.latent_channels).flatten(0, 1),
-            lambda i: self.draw(f"latent({i})", self.noise.latent(i), c.latent_channels).flatten(0, 1),
-            guidance=self.head_scale,
-            dialect=Dialect(scale=c.head_scale),
-            progress=report,
-        ).view(self.batch, self.num_tokens, c.latent_channels)
-        return self.keep_known(residual)
+    def _explain(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info("sampling without a CUDA graph: %s", reason)
+
+    def _graphed(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
+        """The call in pieces of a bucket each."""
+        samples = [
+            self._replay(engine, _part(request, images), lengths[images]) for images in buckets.parts(request.batch)
+        ]
+        request.report("unmask", self.config.num_steps, self.config.num_steps)
+        request.report("head", request.schedule.num_steps, request.schedule.num_steps)
+        ids, residual = (torch.cat(parts) for parts in zip(*((s.ids, s.residual) for s in samples), strict=True))
+        return Sample(ids, residual)
+
+    def _replay(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
+        """At most sixteen images: padded to their bucket, and cut off again."""
+        batch, images = request.batch, buckets.batch_bucket(request.batch)
+        length = buckets.length_bucket(max(lengths), self.model.config.text_length)
+        more, keys = images - batch, length - request.text_mask.shape[1]
+        seeds = _upload([*request.noise.seeds, *[0] * more], request.device)
+        states = F.pad(request.text_states, (0, 0, 0, keys, 0, more))  # images without text, that nobody looks at
+        mask = F.pad(request.text_mask, (0, keys, 0, more))
+        inputs = {"states": states.to(engine.dtype), "mask": mask, "seeds": seeds}
+        inputs["first"] = engine.first_unconditional(request.grid, mask, [*lengths, *[0] * more])
+        padded = replace(request, text_states=states, text_mask=mask, progress=None)
+        counts, most_open = _open_counts(padded)
+
+        def sample(static: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            draws = SeededDraws(static["seeds"], padded.num_tokens, padded.model.latent_channels)
+            text = static["states"], static["mask"]
+            found = FastRun(engine, padded, draws, *text, counts, most_open, static["first"])()
+            return found.ids, found.residual
+
+        key = (self.config, request.grid, images, length)
+        kept = engine.constants(request.grid, length)
+        ids, residual = engine.graphs.run(key, sample, inputs, kept)
+        return Sample(ids[:batch], residual[:batch])
+
+
+def _lengths(mask: Tensor) -> list[int] | None:
+    """How many True each row starts with and has; None if a row has some elsewhere. Reads the mask (B, T)."""
+    mask = mask.cpu()
+    lengths = mask.sum(dim=1)
+    prefix = torch.arange(mask.shape[1]) < lengths[:, None]
+    return lengths.tolist() if torch.equal(mask, prefix) else None
+
+
+def _checked(lengths: Sequence[int], request: Request) -> list[int]:
+    """``ValueError`` unless there is one length for each row, within the mask."""
+    batch, longest = request.text_mask.shape
+    if len(lengths) != batch:
+        raise ValueError(f"lengths must have {batch} entries, one for each row of text, got {len(lengths)}")
+    if not all(isinstance(length, int) and 0 <= length <= longest for length in lengths):
+        raise ValueError(f"lengths must be integers in 0..{longest}, got {list(lengths)}")
+    return list(lengths)
+
+
+def _cut(request: Request, lengths: list[int] | None) -> Request:
+    """Without the text beyond the longest prompt."""
+    longest = request.text_mask.shape[1] if lengths is None else max(1, *lengths)
+    states, mask = request.text_states[:, :longest], request.text_mask[:, :longest]
+    return replace(request, text_states=states, text_mask=mask)
+
+
+def _part(request: Request, images: slice) -> Request:
+    """The request of some of its images."""
+    noise = request.noise
+    seeds = CounterNoise(
+        noise.seeds[images],
+        num_tokens=request.num_tokens,
+        codebook_size=noise.codebook_size,
+        latent_channels=noise.latent_channels,
+        device=request.device,
+    )
+    return replace(request, text_states=request.text_states[images], text_mask=request.text_mask[images], noise=seeds)
+
+
+def _draws(request: Request) -> Draws:
+    if isinstance(request.noise, CounterNoise):
+        seeds = _upload(request.noise.seeds, request.device)
+        return SeededDraws(seeds, request.num_tokens, request.model.latent_channels)
+    return DrawnDraws(request)
+
+
+def _open_counts(request: Request) -> tuple[Tensor, list[int]]:
+    """The counts (S, B) and most_open (S) of :class:`FastRun`."""
+    tokens = request.num_tokens
+    table = masked_counts(request.sampling, tokens)  # (S, N + 1)
+    on_device = _counts_on_device(request.sampling, tokens, request.device)
+    if request.known is None:
+        counts, most = on_device[:, tokens:].expand(-1, request.batch), tokens
+        return counts, [most, *table[:-1, tokens].tolist()]
+    open_tokens = (request.known.ids == request.model.mask_id).sum(dim=1)
+    here = open_tokens.cpu().numpy()
+    counts = on_device.index_select(1, open_tokens.to(request.device))
+    return counts, [int(here.max()), *table[:-1, here].max(axis=1).tolist()]
+
+
+@lru_cache(maxsize=32)
+def _counts_on_device(sampling: SamplingConfig, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(masked_counts(sampling, num_tokens)).to(device)
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """(len(values),) int64 on the device, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

@@ -1,0 +1,78 @@
+"""Which engine serves a model: by backend, device, precision and kind of text mask."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from dcar_fast.engine.base import Engine
+from dcar_fast.engine.pack import packed
+from dcar_fast.engine.packed import PackedEngine
+from dcar_fast.models.dcar import DCAR
+from dcar_fast.ops._dispatch import choose, requested
+
+BACKENDS = ("auto", "triton", "native", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = (
+    "fused_linear",
+    "embed_tokens",
+    "self_attention",
+    "cross_attention",
+    "sample_tokens",
+    "place_tokens",
+    "denoise_step",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Choice:
+    """A backend and a precision for one model; ``ValueError`` for what cannot be.
+
+    backend "auto" follows ``DCAR_FAST_BACKEND`` like the ops do; unset, it takes "triton" on a GPU that can and
+    "native" elsewhere. dtype None is the model's own, whatever it is when the model runs.
+    """
+
+    def __init__(self, model: DCAR, backend: str, dtype: torch.dtype | None) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        self.model, self.backend, self.dtype = model, backend, dtype
+        if backend != "auto":
+            self._check(backend)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.token_embedding.weight.device
+
+    def engine(self, prefix: bool) -> Engine:
+        """The engine, its weights those that the model has now. prefix: all text masks are prefixes."""
+        dtype = self.dtype or self.model.token_embedding.weight.dtype
+        backend = self._resolve(prefix)
+        if backend == "native":
+            return packed(self.model, ("packed", dtype), lambda model: PackedEngine(model, dtype))
+        from dcar_fast.engine.fused import FusedEngine
+
+        return packed(self.model, ("fused", dtype, backend), lambda model: FusedEngine(model, dtype, backend))
+
+    def _resolve(self, prefix: bool) -> str:
+        asked = requested() if self.backend == "auto" else self.backend
+        if asked not in ("auto", "cuda"):  # "cuda" asks ops for their C++ kernels, of which the trunk has none
+            self._check(asked)
+            if not prefix and asked != "native":
+                raise ValueError(
+                    f"text_mask has rows whose True do not come first, which backend {asked!r} cannot run: 'auto' can"
+                )
+            return asked
+        if self.device.type != "cuda" or not prefix or not self.model.config.qk_norm:
+            return "native"
+        return "triton" if all(choose(op, self.device, "auto").name == "triton" for op in OPS) else "native"
+
+    def _check(self, backend: str) -> None:
+        if backend == "triton":
+            for op in OPS:
+                choose(op, self.device, backend)
+        if backend != "native" and not self.model.config.qk_norm:
+            raise ValueError(f"backend is {backend!r}, which needs qk_norm: 'auto' and 'native' do not")

@@ -1,0 +1,167 @@
+"""The decoder's layers for inference: weights laid out once, BatchNorms folded away, channels last.
+
+A layer takes and gives (B, C, H, W). ``scale`` is how much larger its output is, ``reach`` how many pixels beyond the
+ones of its own the convolutions look at, on every side; None says all of them (attention).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcar_fast import ops
+from dcar_fast.engine.decoder_conv import Conv
+from dcar_fast.models import autoencoder as model
+from dcar_fast.ops._dispatch import choose
+from dcar_fast.reference.activation import activate
+from dcar_fast.reference.relu_linear_attention import relu_linear_attention
+
+
+def plain(op: str, x: Tensor, backend: str | None) -> bool:
+    """Whether nothing but the reference can run the op here: then PyTorch's own formulation in the type of x, as the
+    model has it, is the faster one."""
+    return backend in (None, "auto") and choose(op, x.device, backend).name == "reference"
+
+
+class Norm:
+    """LayerNorm over the channels of each pixel; with residual: residual + act(norm(x))."""
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+        self.eps = norm.eps
+
+    def __call__(
+        self, x: Tensor, backend: str | None, residual: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
+        if plain("channel_norm", x, backend):
+            y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+            y = activate(y.permute(0, 3, 1, 2), activation)
+            return y if residual is None else y.add_(residual)
+        return ops.channel_norm(
+            x, self.weight, self.bias, residual=residual, activation=activation, eps=self.eps, backend=backend
+        )
+
+
+class Tail:
+    """The convolution that ends a branch, its norm, and the residual: x + norm(conv(y))."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> None:
+        folded = norm if isinstance(norm, nn.BatchNorm2d) else None
+        self.conv = Conv(conv, dtype, norm=folded)
+        self.norm = None if folded is not None else Norm(norm, dtype)
+
+    def __call__(self, y: Tensor, x: Tensor, backend: str | None) -> Tensor:
+        if self.norm is None:
+            return self.conv(y, residual=x)
+        return self.norm(self.conv(y), backend, residual=x)
+
+
+class ResBlock:
+    scale, reach = 1, 2
+
+    def __init__(self, block: model.ResBlock, dtype: torch.dtype) -> None:
+        self.conv, self.act = Conv(block.conv1, dtype), _name(block.act)
+        self.tail = Tail(block.conv2, block.norm, dtype)
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        return self.tail(self.conv(x, self.act), x, backend)
+
+
+class Attention:
+    """x + norm(1x1 conv of ReLU attention)."""
+
+    scale, reach = 1, None
+
+    def __init__(self, attention: model.LiteMLA, dtype: torch.dtype) -> None:
+        self.qkv = Conv(attention.qkv, dtype)
+        self.tail = Tail(attention.proj, attention.norm, dtype)
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        qkv = self.qkv(x)
+        if plain("relu_linear_attention", x, backend):
+            y = relu_linear_attention(qkv)
+        else:
+            y = ops.relu_linear_attention(qkv, backend=backend)
+        return self.tail(y, x, backend)
+
+
+class Mlp:
+    """x + GLUMBConv(x)."""
+
+    scale, reach = 1, 1
+
+    def __init__(self, mlp: model.GLUMBConv, dtype: torch.dtype) -> None:
+        self.inverted, self.act = Conv(mlp.inverted, dtype), _name(mlp.act)
+        self.depthwise = Conv(mlp.depthwise, dtype)
+        self.tail = Tail(mlp.pointwise, mlp.norm, dtype)
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        if plain("depthwise_gate", x, backend):
+            value, gate = self.depthwise(self.inverted(x, self.act)).chunk(2, dim=1)
+            y = value * activate(gate, self.act)
+        else:
+            y = self.inverted(x)
+            y = ops.depthwise_gate(y, self.depthwise.weight, self.depthwise.bias, activation=self.act, backend=backend)
+        return self.tail(y, x, backend)
+
+
+class Upsample:
+    """Twice the height and width, by a convolution and a pixel shuffle, with or without the shortcut."""
+
+    scale, reach = 2, 1
+
+    def __init__(self, layer: model.Upsample, dtype: torch.dtype) -> None:
+        self.conv, self.repeats = Conv(layer.conv, dtype), layer.repeats
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        y = self.conv(x)
+        if not self.repeats:
+            return F.pixel_shuffle(y, 2)
+        if not plain("upsample_shortcut", x, backend):
+            return ops.upsample_shortcut(y, x, backend=backend)
+        return F.pixel_shuffle(y, 2) + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)
+
+
+class Expand:
+    """The decoder's first layer: latents to the width of the last stage."""
+
+    scale, reach = 1, 1
+
+    def __init__(self, layer: model.ChannelExpand, dtype: torch.dtype) -> None:
+        self.conv, self.repeats = Conv(layer.conv, dtype), layer.repeats
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        return self.conv(x, residual=x.repeat_interleave(self.repeats, dim=1))
+
+
+class Output:
+    """Norm, ReLU and the layer that makes the three colours."""
+
+    def __init__(self, norm: nn.LayerNorm, layer: nn.Conv2d | model.Upsample, dtype: torch.dtype) -> None:
+        self.norm = Norm(norm, dtype)
+        self.shuffle = isinstance(layer, model.Upsample)
+        self.conv = Conv(layer.conv if self.shuffle else layer, dtype)
+        self.scale, self.reach = (2 if self.shuffle else 1), 1
+
+    def __call__(self, x: Tensor, backend: str | None) -> Tensor:
+        y = self.conv(self.norm(x, backend, activation="relu"))
+        return F.pixel_shuffle(y, 2) if self.shuffle else y
+
+
+def _name(act: nn.Module) -> str:
+    return "relu" if isinstance(act, nn.ReLU) else "silu"
+
+
+def pack(decoder: model.Decoder, dtype: torch.dtype) -> list:
+    """The layers in the order in which they run, first to last."""
+    layers: list = [Expand(decoder.project_in, dtype)]
+    for stage in reversed(decoder.stages):
+        for block in stage:
+            if isinstance(block, model.Upsample):
+                layers.append(Upsample(block, dtype))
+            elif isinstance(block, model.ResBlock):
+                layers.append(ResBlock(block, dtype))
+            else:
+                layers += [Attention(block.attention, dtype), Mlp(block.mlp, dtype)]
+    return [*layers, Output(decoder.norm, decoder.project_out, dtype)]

@@ -1,0 +1,46 @@
+"""The diffusion head on ``ops.denoise_step``: a fixed number of launches a step, nothing looked at on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dcar_fast.models.diffusion_head import Dialect, DiffusionHead
+from dcar_fast.noise import LatentNoise
+from dcar_fast.ops._head import embed_condition, embed_timesteps, modulations, pack_head, step_coefficients
+from dcar_fast.ops.denoise_step import denoise_step
+from dcar_fast.profiling import stage
+from dcar_fast.reference.diffusion import Schedule
+
+
+class FusedHead:
+    """A DiffusionHead packed in ``dtype`` for one schedule."""
+
+    def __init__(self, head: DiffusionHead, schedule: Schedule, dtype: torch.dtype, backend: str | None) -> None:
+        self.weights, self.backend = pack_head(head, dtype), backend
+        self.steps = step_coefficients(schedule, self.weights.input_weight.device)  # (K, 8)
+        self.times = embed_timesteps(self.weights, schedule.timesteps)  # (K, W)
+
+    def __call__(
+        self,
+        condition: Tensor,
+        latent_init: Tensor,
+        latent: Callable[[int], Tensor | LatentNoise],
+        *,
+        guidance: float,
+        dialect: Dialect,
+        progress: Callable[[int], None],
+    ) -> Tensor:
+        """condition (R, Z), [cond; uncond] unless guidance is 1 -> samples (R/2 or R, C) float32."""
+        embedded = embed_condition(self.weights, condition)  # (R, W)
+        settings = {"guidance": guidance, "temperature": 1.0, "formula": dialect.guidance, "clip": dialect.clip}
+        x = latent_init
+        for i, k in enumerate(reversed(range(len(self.steps)))):
+            with stage("denoise", i):
+                modulation = modulations(self.weights, embedded, self.times[k])
+                noise = latent(i)
+                x = denoise_step(x, modulation, self.weights, self.steps[k], noise, backend=self.backend, **settings)
+            progress(i)
+        return x * dialect.scale

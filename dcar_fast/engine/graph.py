@@ -1,0 +1,156 @@
+"""CUDA graphs of whole functions: captured once per key, replayed with new inputs.
+
+A captured function reads its inputs from buffers that belong to the graph and leaves its results in memory that the
+next replay overwrites, so both are copied. All graphs of one :class:`Graphs` share a memory pool: one runs at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+LIMIT = 12  # graphs kept by default: each holds its buffers, and a pool grows to the largest of them
+WARM_UP = 2  # calls before a capture: kernels are compiled and libraries choose their algorithms
+
+
+@dataclass
+class Captured:
+    """A graph, the buffers that it reads and the tensors that it leaves its results in."""
+
+    inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
+    kept: object = None  # what else the graph reads: it holds addresses, not tensors
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be captured; the reason is in the message."""
+
+
+class CudaRecorder:
+    """Captures with ``torch.cuda.CUDAGraph``, everything on one device and from one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done: torch.cuda.Event | None = None
+
+    def record(self, function: Function, inputs: dict[str, Tensor]) -> Captured:
+        """Runs ``function`` on ``inputs`` a few times, then captures it. Other threads may use the GPU meanwhile."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    function(inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = function(inputs)
+        return Captured(inputs, outputs, graph.replay)
+
+    def replay(self, captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Copies, replays, copies, all on the current stream and after what another stream replayed before."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self.done is not None:
+                stream.wait_event(self.done)
+            outputs = run(captured, inputs)
+            self.done = stream.record_event()
+        return outputs
+
+    def free(self) -> None:
+        """Gives what dropped graphs held back to the GPU."""
+        gc.collect()
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        self.pool, self.done = torch.cuda.graph_pool_handle(), None
+
+
+class Graphs:
+    """Graphs by key, at most ``limit`` of them: the one that was not used for the longest time goes first.
+
+    ``recorder``: a :class:`CudaRecorder`. Calls from several threads take turns.
+    """
+
+    def __init__(self, recorder: CudaRecorder, limit: int = LIMIT) -> None:
+        self.recorder, self.limit = recorder, limit
+        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._captured
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(
+        self, key: Hashable, function: Function, inputs: Mapping[str, Tensor], kept: object = None
+    ) -> tuple[Tensor, ...]:
+        """``function(inputs)``, captured when ``key`` is new. The key must name everything that ``function`` depends on
+        beside the values of the inputs, their shapes included. The results belong to the caller. kept: tensors that
+        ``function`` reads and that somebody else might let go.
+
+        Where memory runs out, all graphs are dropped and the capture is tried once more; ``torch.OutOfMemoryError`` if
+        that fails too, with everything freed. ``CaptureError`` if the function does what a graph cannot hold.
+        """
+        with self._lock:
+            captured = self._captured.get(key)
+            if captured is None:
+                captured = self._capture(key, function, inputs)
+                captured.kept = function, kept
+            self._captured.move_to_end(key)
+            return self.recorder.replay(captured, inputs)
+
+    def clear(self) -> None:
+        """Drops all graphs and frees their memory."""
+        with self._lock:
+            self._captured.clear()
+            self.recorder.free()
+
+    def _capture(self, key: Hashable, function: Function, inputs: Mapping[str, Tensor]) -> Captured:
+        while len(self._captured) >= self.limit:
+            oldest, _ = self._captured.popitem(last=False)
+            logger.info("the graph of %s makes room", oldest)
+        captured, shortage = self._try(function, inputs)
+        if captured is None and self._captured:
+            logger.warning("no memory to capture %s beside %d other graphs: they are dropped", key, len(self))
+            self.clear()
+            captured, shortage = self._try(function, inputs)
+        if captured is None:
+            self.recorder.free()
+            raise torch.OutOfMemoryError(f"no memory to capture {key}: {shortage}")
+        self._captured[key] = captured
+        logger.info("captured %s", key)
+        return captured
+
+    def _try(self, function: Function, inputs: Mapping[str, Tensor]) -> tuple[Captured | None, str]:
+        """What was captured, or None and how memory ran out. The exception is gone when this returns, and with it the
+        frames that held on to tensors."""
+        try:
+            return self.recorder.record(function, {name: value.clone() for name, value in inputs.items()}), ""
+        except RuntimeError as error:  # OutOfMemoryError is one; ending the broken capture may raise another over it
+            shortage = error if isinstance(error, torch.OutOfMemoryError) else error.__context__
+            if not isinstance(shortage, torch.OutOfMemoryError):
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+            return None, str(shortage)
+
+
+def run(captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """One replay on the current stream."""
+    for name, buffer in captured.inputs.items():
+        buffer.copy_(inputs[name], non_blocking=True)
+    captured.replay()
+    return tuple(value.clone() for value in captured.outputs)

@@ -1,0 +1,195 @@
+"""Captured calls: buffers, results, keys, the limit, threads, and memory that runs out; with a recorder that replays by
+calling the function again, and on a GPU with real graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcar_fast.engine import buckets
+from dcar_fast.engine.graph import Captured, CaptureError, CudaRecorder, Graphs, run
+
+
+class Recorder:
+    """Stands in for CUDA graphs: a replay calls the function on the buffers and leaves its results where they were."""
+
+    def __init__(self, shortages: int = 0) -> None:
+        self.recorded = self.freed = 0
+        self.shortages = shortages
+
+    def record(self, function, inputs: dict[str, Tensor]) -> Captured:
+        if self.shortages:
+            self.shortages -= 1
+            raise torch.OutOfMemoryError("no memory")
+        self.recorded += 1
+        outputs = tuple(value.clone() for value in function(inputs))
+
+        def replay() -> None:
+            for kept, new in zip(outputs, function(inputs), strict=True):
+                kept.copy_(new)
+
+        return Captured(inputs, outputs, replay)
+
+    def replay(self, captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return run(captured, inputs)
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+def double(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return inputs["x"] * 2, inputs["x"].sum()
+
+
+def test_new_inputs_new_results_and_nobody_elses_memory() -> None:
+    graphs = Graphs(Recorder())
+    x = torch.arange(4.0)
+    first = graphs.run("k", double, {"x": x})
+    second = graphs.run("k", double, {"x": x + 10})
+    assert torch.equal(first[0], x * 2) and torch.equal(second[0], (x + 10) * 2)
+    assert first[1] == 6 and second[1] == 46
+    second[0].zero_()
+    assert torch.equal(graphs.run("k", double, {"x": x})[0], x * 2)
+    assert torch.equal(x, torch.arange(4.0)), "the caller's inputs are left alone"
+    assert graphs.recorder.recorded == 1
+
+
+def test_a_graph_per_key_and_the_longest_unused_one_goes_first() -> None:
+    graphs = Graphs(Recorder(), limit=2)
+    for key in ("a", "b", "a", "c"):
+        graphs.run(key, double, {"x": torch.ones(2)})
+    assert len(graphs) == 2 and "a" in graphs and "c" in graphs and "b" not in graphs
+    assert graphs.recorder.recorded == 3
+    graphs.clear()
+    assert len(graphs) == 0 and graphs.recorder.freed == 1
+
+
+def test_no_memory_beside_others_drops_them_and_tries_again() -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder)
+    graphs.run("a", double, {"x": torch.ones(2)})
+    recorder.shortages = 1
+    assert torch.equal(graphs.run("b", double, {"x": torch.ones(2)})[0], torch.full((2,), 2.0))
+    assert "a" not in graphs and "b" in graphs and recorder.freed == 1
+
+
+def test_no_memory_at_all_is_an_error_that_leaves_nothing_behind() -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder)
+    graphs.run("a", double, {"x": torch.ones(2)})
+    recorder.shortages = 2
+    with pytest.raises(torch.OutOfMemoryError, match="no memory to capture b: no memory"):
+        graphs.run("b", double, {"x": torch.ones(1000)})
+    assert len(graphs) == 0 and recorder.freed == 2
+    assert graphs.run("small", double, {"x": torch.ones(1)})[1] == 1
+
+
+def test_memory_that_ran_out_below_another_error() -> None:
+    """Ending a capture that was broken off raises an error of its own."""
+    recorder = Recorder()
+
+    def broken(function, inputs):
+        try:
+            raise torch.OutOfMemoryError("too large")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("capture was invalidated")  # noqa: B904 - as torch does
+
+    recorder.record = broken
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        Graphs(recorder).run("a", double, {"x": torch.ones(1)})
+
+
+def test_what_cannot_be_captured_says_so() -> None:
+    recorder = Recorder()
+
+    def unable(function, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder.record = unable
+    graphs = Graphs(recorder)
+    with pytest.raises(CaptureError, match="RuntimeError: operation not permitted"):
+        graphs.run("a", double, {"x": torch.ones(1)})
+    assert "a" not in graphs
+
+
+def test_threads_take_turns() -> None:
+    graphs, wrong = Graphs(Recorder(), limit=3), []
+
+    def work(number: int) -> None:
+        for i in range(50):
+            x = torch.full((3,), float(100 * number + i))
+            found = graphs.run(i % 5, double, {"x": x})
+            if not torch.equal(found[0], x * 2):
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("batch", "bucket"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (16, 16), (17, 16)])
+def test_batch_buckets(batch: int, bucket: int) -> None:
+    assert buckets.batch_bucket(batch) == bucket
+
+
+@pytest.mark.parametrize(
+    ("length", "longest", "bucket"),
+    [(0, 300, 32), (32, 300, 32), (33, 300, 64), (128, 300, 128), (129, 300, 300), (5, 12, 12), (40, 128, 64)],
+)
+def test_length_buckets(length: int, longest: int, bucket: int) -> None:
+    assert buckets.length_bucket(length, longest) == bucket
+
+
+def test_parts_cover_the_batch() -> None:
+    assert buckets.parts(16) == [slice(0, 16)]
+    assert buckets.parts(35) == [slice(0, 16), slice(16, 32), slice(32, 35)]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [17], [1.0], ["a"], [True]])
+def test_sizes_that_are_none(sizes: list) -> None:
+    with pytest.raises(ValueError, match=r"batches must be integers in 1\.\.16, got"):
+        buckets.check_sizes("batches", sizes, 16)
+
+
+@pytest.mark.gpu
+def test_real_graphs() -> None:
+    graphs = Graphs(CudaRecorder(torch.device("cuda")), limit=2)
+    for n in (3, 1000, 3, 5, 1000, 3):
+        x = torch.randn(n, device="cuda")
+        doubled, total = graphs.run(n, double, {"x": x})
+        assert torch.equal(doubled, x * 2) and torch.allclose(total, x.sum())
+    assert len(graphs) == 2
+
+
+@pytest.mark.gpu
+def test_real_graphs_survive_a_lack_of_memory() -> None:
+    graphs = Graphs(CudaRecorder(torch.device("cuda")))
+    graphs.run("small", double, {"x": torch.ones(4, device="cuda")})
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def greedy(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (torch.empty(2 * total, dtype=torch.uint8, device="cuda"),)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run("greedy", greedy, {"x": torch.ones(4, device="cuda")})
+    assert len(graphs) == 0
+    assert graphs.run("small", double, {"x": torch.ones(4, device="cuda")})[1] == 4
+
+
+@pytest.mark.gpu
+def test_real_graphs_refuse_to_wait_for_the_host() -> None:
+    graphs = Graphs(CudaRecorder(torch.device("cuda")))
+
+    def waits(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (inputs["x"] * inputs["x"].sum().item(),)
+
+    with pytest.raises(CaptureError):
+        graphs.run("waits", waits, {"x": torch.ones(4, device="cuda")})
+    assert graphs.run("works", double, {"x": torch.ones(4, device="cuda")})[1] == 4
