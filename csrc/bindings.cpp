@@ -28,7 +28,10 @@ PYBIND11_MODULE(_native, m) {
         "Why CUDA kernels were not compiled in; empty if they were.");
 
   dcar::bind_add_residual(m);
+  dcar::bind_gelu(m);
+  dcar::bind_latent_noise(m);
   dcar::bind_philox(m);
+  dcar::bind_place_tokens(m);
   dcar::bind_remask(m);
   dcar::bind_sample_from_logits(m);
   dcar::bind_vq_lookup(m);

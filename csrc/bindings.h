@@ -18,7 +18,10 @@
 namespace dcar {
 
 void bind_add_residual(pybind11::module_& m);
+void bind_gelu(pybind11::module_& m);
+void bind_latent_noise(pybind11::module_& m);
 void bind_philox(pybind11::module_& m);
+void bind_place_tokens(pybind11::module_& m);
 void bind_remask(pybind11::module_& m);
 void bind_sample_from_logits(pybind11::module_& m);
 void bind_vq_lookup(pybind11::module_& m);

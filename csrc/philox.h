@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
-constexpr uint32_t kStreamToken = 0;
+constexpr uint32_t kStreamToken = 0, kStreamConfidence = 1, kStreamLatentInit = 2, kStreamLatent = 3;
 
 struct PhiloxWords {
   uint32_t word[4];

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Union
@@ -14,7 +16,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from dcar_fast.config import PRESETS, SamplingConfig
 
-DESCRIPTION = "DC-AR text-to-image: sample, reconstruct, inpaint, convert; compile and tune the kernels."
+DESCRIPTION = "DC-AR text-to-image: sample, generate, reconstruct, inpaint, convert; compile and tune the kernels."
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 Sampling = Annotated[SamplingConfig, arg(name="")]
@@ -30,16 +32,21 @@ class _ModelCommand:
     """"auto" takes a GPU if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the models; the quantiser and the sampling arithmetic stay in float32."""
+    engine: Literal["fast", "reference"] = "fast"
+    """What samples and decodes: the fast engine, or the plain modules that it is held against."""
 
-    def pipeline(self):
+    def pipeline(self, rank=None):
+        """rank: this process among several, each of which takes its own GPU."""
         import torch
 
+        from dcar_fast._inputs import check_device
+        from dcar_fast.bulk.ranks import Rank
         from dcar_fast.pipeline import DCARPipeline
 
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {"device": device, "dtype": getattr(torch, self.dtype)}
+        device = check_device((rank or Rank()).device(self.device, torch.cuda.is_available()))
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks for the current GPU shall not wake another one
+        options = {"device": device, "dtype": getattr(torch, self.dtype), "engine": self.engine}
         if self.model in PRESETS:
             return DCARPipeline.from_preset(self.model, **options)
         return DCARPipeline.from_pretrained(self.model, **options)
@@ -75,6 +82,54 @@ class Sample(_ModelCommand):
             **asdict(self.sampling),
         )
         _save(images, paths)
+
+
+@dataclass(kw_only=True)
+class Generate(_ModelCommand):
+    """Draw one PNG for each prompt of a file; run again, it draws what is missing.
+
+    On several GPUs: torchrun --nproc-per-node N -m dcar_fast generate ...
+    """
+
+    prompts: Positional[Path]
+    """Text file with one prompt per line, or .jsonl: objects with "prompt", and "seed" and "name" if wanted."""
+    output: Output
+    """Folder to write: 00000.png, ... in the order of the prompts, and metadata.jsonl when all are there."""
+    seed: int = 0
+    """The image of line i uses seed + i."""
+    height: int | None = None
+    """Pixels, a multiple of the compression; by default the model's own size."""
+    width: int | None = None
+    """The same for the width."""
+    batch_size: int = 8
+    """Prompts sampled together; those of about equal length are."""
+    overwrite: bool = False
+    """Draw everything anew, whatever is in the folder."""
+    sampling: Sampling = field(default_factory=SamplingConfig)
+
+    def run(self) -> None:
+        from dcar_fast.bulk.folder import check_folder
+        from dcar_fast.bulk.jobs import read_jobs
+        from dcar_fast.bulk.ranks import Rank
+        from dcar_fast.bulk.run import check_batch_size
+
+        jobs, rank = read_jobs(self.prompts, self.seed), Rank.from_environment()
+        check_batch_size(self.batch_size)
+        check_folder(self.output)
+        with _interrupted_by_sigterm():
+            report = self.pipeline(rank).generate_to(
+                self.output,
+                [job.prompt for job in jobs],
+                seed=[job.seed for job in jobs],
+                names=[job.file_name for job in jobs],
+                height=self.height,
+                width=self.width,
+                batch_size=self.batch_size,
+                overwrite=self.overwrite,
+                rank=rank,
+                **asdict(self.sampling),
+            )
+        print(report)
 
 
 @dataclass(kw_only=True)
@@ -241,6 +296,7 @@ class Bench:
 
 Command = Union[  # noqa: UP007 - tyro takes the annotated alternatives from it
     Annotated[Sample, subcommand("sample")],
+    Annotated[Generate, subcommand("generate")],
     Annotated[Reconstruct, subcommand("reconstruct")],
     Annotated[Inpaint, subcommand("inpaint")],
     Annotated[Variation, subcommand("variation")],
@@ -270,6 +326,16 @@ def main(args: Sequence[str] | None = None) -> int:
         print("dcar-fast: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which torchrun sends, ends the work as Ctrl-C does: files are finished and temporary ones removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open(path: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dcar_fast import __version__, checkpoints
 from dcar_fast._inputs import check_device, image_seeds
 from dcar_fast._progress import SamplingBar
-from dcar_fast.config import DCARConfig, DCHTConfig, PipelineConfig, SamplingConfig, preset
+from dcar_fast._stages import Engine, Stages, check_engine
+from dcar_fast.bulk.folder import ImageFolder, fingerprint
+from dcar_fast.bulk.jobs import make_jobs
+from dcar_fast.bulk.ranks import Rank
+from dcar_fast.bulk.run import Report, check_batch_size, draw_all
+from dcar_fast.config import DCARConfig, DCHTConfig, SamplingConfig, preset
 from dcar_fast.images import (
-    MAX_SIDE,
     image_to_multiple,
     image_to_tensor,
     mask_to_tensor,
@@ -27,33 +29,21 @@ from dcar_fast.images import (
 )
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.quantizer import Tokens
-from dcar_fast.models.text_encoder import TextEncoder, TextStates, check_prompts
+from dcar_fast.models.text_encoder import TextEncoder, check_prompts
 from dcar_fast.models.tokenizer import DCHT
-from dcar_fast.noise import STREAM_CHOICE, Noise, check_seeds, uniform
-from dcar_fast.ops.vq_lookup import vq_lookup
-from dcar_fast.profiling import stage
+from dcar_fast.noise import STREAM_CHOICE, check_seeds, uniform
 from dcar_fast.reference.diffusion import diffusion_schedule
-from dcar_fast.sampling import Known, ReferenceSampler, Sample
-
-log = logging.getLogger(__name__)
+from dcar_fast.sampling import Known
 
 
-class DCARPipeline:
+class DCARPipeline(Stages):
     """Text-to-image, reconstruction, inpainting and variations with one set of models.
 
-    tokenizer, generator, text_encoder: the three models, which must fit together (``ValueError``); they are put into
-    eval mode and the tokenizer gets the fast nearest-code lookup. trained: whether the weights mean anything; an
-    untrained pipeline says so once.
+    DCARPipeline(tokenizer, generator, text_encoder, *, trained=True, engine="fast"): the three models, which must fit
+    together (``ValueError``); they are put into eval mode and the tokenizer gets the fast nearest-code lookup. trained:
+    whether the weights mean anything; an untrained pipeline says so once. engine: what samples and decodes, "fast" or
+    the plain modules, "reference"; the attribute can be set at any time.
     """
-
-    def __init__(self, tokenizer: DCHT, generator: DCAR, text_encoder: TextEncoder, *, trained: bool = True) -> None:
-        self.config = PipelineConfig(tokenizer.config, generator.config, text_encoder.config)
-        self.tokenizer, self.generator, self.text_encoder = tokenizer, generator, text_encoder
-        self.tokenizer.quantizer.lookup = vq_lookup
-        self.trained = trained
-        self._announced = trained
-        for model in self._models():
-            model.eval()
 
     # ---- making one
 
@@ -65,19 +55,20 @@ class DCARPipeline:
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        engine: Engine = "fast",
     ) -> DCARPipeline:
         """The named preset ("shapes", "dc-ar-256", "dc-ar-512", "dc-ar-1024") with random weights from ``seed``.
 
         dtype: float32 by default. torch's global generator is left as it was.
         """
         config = preset(name)
-        device = check_device(device)
+        device, engine = check_device(device), check_engine(engine)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(check_seeds([seed])[0])  # the CPU's alone, which is put back
             tokenizer = DCHT(config.tokenizer)
             generator = DCAR(config.generator)
             text_encoder = TextEncoder(config.text)
-        return cls(tokenizer, generator, text_encoder, trained=False).to(device, dtype)
+        return cls(tokenizer, generator, text_encoder, trained=False, engine=engine).to(device, dtype)
 
     @classmethod
     def from_pretrained(
@@ -87,11 +78,12 @@ class DCARPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        engine: Engine = "fast",
     ) -> DCARPipeline:
         """A folder written by :meth:`save_pretrained` or ``dcar-fast convert``, or a hub repository with its files."""
-        device = check_device(device)
+        device, engine = check_device(device), check_engine(engine)
         parts, _, trained = checkpoints.load_folder(checkpoints.find_folder(folder_or_hub_id, revision))
-        return cls(**parts, trained=trained).to(device, dtype)
+        return cls(**parts, trained=trained, engine=engine).to(device, dtype)
 
     @classmethod
     def from_official(
@@ -104,45 +96,22 @@ class DCARPipeline:
         tokenizer_config: DCHTConfig | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        engine: Engine = "fast",
     ) -> DCARPipeline:
         """The released checkpoints: generator file, tokenizer folder, T5 folder or hub id.
 
         The configs are inferred from the shapes if left out, see :func:`dcar_fast.load_official_generator`.
         """
-        device = check_device(device)
+        device, engine = check_device(device), check_engine(engine)
         dcar = checkpoints.load_official_generator(generator, generator_config)
         dcht = checkpoints.load_official_tokenizer(tokenizer, tokenizer_config)
         text = TextEncoder.from_t5(text_encoder, max_length=dcar.config.text_length)
-        return cls(dcht, dcar, text).to(device, dtype)
+        return cls(dcht, dcar, text, engine=engine).to(device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and one safetensors file per model; an interruption leaves an older save whole."""
         parts = dict(zip(checkpoints.PARTS, self._models(), strict=True))
         checkpoints.save_folder(folder, parts, self.config, self.trained)
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DCARPipeline:
-        """Moves all three models; the quantiser and all sampling arithmetic stay in float32 whatever the dtype.
-
-        With float16 the text encoder stays in float32: T5's activations overflow float16.
-        """
-        device = device if device is None else check_device(device)
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        self.tokenizer.to(device, dtype)
-        self.generator.to(device, dtype)
-        self.text_encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.generator.token_embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.generator.token_embedding.weight.dtype
-
-    def _models(self) -> tuple[DCHT, DCAR, TextEncoder]:
-        return self.tokenizer, self.generator, self.text_encoder
 
     # ---- what users call
 
@@ -173,18 +142,60 @@ class DCARPipeline:
         config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
         grid = self.grid(height, width)
         seeds = image_seeds(seed, len(prompts))
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        check_batch_size(batch_size)
         self._announce()
         images: list[Image.Image] = []
         with self._bar(progress, math.ceil(len(prompts) / batch_size), config) as bar:
             for start in range(0, len(prompts), batch_size):
                 chunk, chunk_seeds = prompts[start : start + batch_size], seeds[start : start + batch_size]
-                text = self.encode_text(chunk)
-                sample = self.generate(text, chunk_seeds, config, grid, progress=bar.step)
-                images += self._to_images(sample, grid, chunk, chunk_seeds, config)
+                images += self._draw(chunk, chunk_seeds, config, grid, bar.step)
                 bar.decoded()
         return images
+
+    @torch.no_grad()
+    def generate_to(
+        self,
+        folder: str | Path,
+        prompts: Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        names: Sequence[str | None] | None = None,
+        num_steps: int = 12,
+        guidance_scale: float = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 8,
+        overwrite: bool = False,
+        rank: Rank | None = None,
+        progress: bool = True,
+        **sampling: Any,
+    ) -> Report:
+        """One PNG per prompt in ``folder``, written as they come; 00000.png, ... in the order of the prompts, or names.
+
+        Prompts of about equal length share a batch; an image depends on its prompt and its seed alone (seed + its
+        index, or one seed each), as in :meth:`__call__`. A further call with the same arguments draws what is missing:
+        each file is whole or not there at all. An image that other prompts, seeds, settings or weights gave is a
+        ``ValueError``; with ``overwrite`` everything is drawn anew. metadata.jsonl lists the files once all are there.
+
+        rank: which share of the prompts this process draws, by default as ``torchrun`` or ``accelerate launch`` say in
+        the environment. Bad input is a ``ValueError`` before any work.
+        """
+        jobs = make_jobs(prompts, seed, names)
+        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
+        grid = self.grid(height, width)
+        check_batch_size(batch_size)
+        rank = Rank.from_environment() if rank is None else rank
+        self._announce()
+        return draw_all(
+            jobs,
+            ImageFolder(folder, self._settings(config, grid), fingerprint(self._models())),
+            lambda prompts, seeds, progress: self._draw(prompts, seeds, config, grid, progress),
+            self.text_encoder.count_tokens,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            rank=rank,
+            progress=progress,
+        )
 
     @torch.no_grad()
     def reconstruct(self, image: Image.Image, mode: str = "hybrid", pad: bool = False) -> Image.Image:
@@ -199,7 +210,7 @@ class DCARPipeline:
         self._announce()
         tokens = self.tokenizer.encode(pixels.to(self.device))
         latents = tokens.features if mode == "hybrid" else tokens.quantized
-        result = Image.fromarray(tensor_to_pixels(self.tokenizer.decode(latents))[0].cpu().numpy())
+        result = Image.fromarray(tensor_to_pixels(self._decoder().decode(latents))[0].cpu().numpy())
         return result.crop((0, 0, *image.size))
 
     @torch.no_grad()
@@ -265,46 +276,11 @@ class DCARPipeline:
         result = self._repaint(pixels, is_open.view(height, width), prompt, seeds, config, progress)
         return self._cut(result, image)
 
-    # ---- stages, for benchmarks and other people's loops
-
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> TextStates:
-        """B prompts -> TextStates, cut to the longest of them."""
-        with stage("text"):
-            return self.text_encoder(prompts)
-
-    def generate(
-        self,
-        text: TextStates,
-        noise: int | Sequence[int] | Noise,
-        sampling: SamplingConfig | None = None,
-        grid: tuple[int, int] | None = None,
-        known: Known | None = None,
-        progress=None,
-    ) -> Sample:
-        """Token ids and residuals for encoded prompts; see :class:`dcar_fast.sampling.ReferenceSampler`."""
-        sampler = ReferenceSampler(self.generator, sampling)
-        return sampler(text.states, text.mask, noise, known=known, grid=grid, progress=progress)
-
-    @torch.no_grad()
-    def decode(self, sample: Sample, grid: tuple[int, int]) -> Tensor:
-        """(B, H, W, 3) uint8 pixels on the device, from the codes plus the residuals."""
-        with stage("decode"):
-            images = self.tokenizer.decode_tokens(sample.ids.unflatten(1, tuple(grid)), sample.residual)
-            return tensor_to_pixels(images)
-
-    def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Pixels (None: the model's own square) -> (h, w) tokens; ``ValueError`` for other than multiples."""
-        f = self.config.tokenizer.compression
-        sides = []
-        for name, value in (("height", height), ("width", width)):
-            value = self.config.image_size if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value % f or not f <= value <= MAX_SIDE:
-                raise ValueError(f"{name} must be a multiple of {f} in {f}..{MAX_SIDE} pixels, got {value!r}")
-            sides.append(value // f)
-        return sides[0], sides[1]
-
     # ---- shared by the above
+
+    def _draw(self, prompts, seeds, config: SamplingConfig, grid, progress) -> list[Image.Image]:
+        sample = self.generate(self.encode_text(prompts), seeds, config, grid, progress=progress)
+        return self._to_images(sample, grid, prompts, seeds, config)
 
     def _repaint(self, pixels, is_open, prompt, seeds, config, progress: bool) -> Image.Image:
         check_prompts([prompt])
@@ -323,12 +299,16 @@ class DCARPipeline:
     def _to_images(self, sample, grid, prompts, seeds, config) -> list[Image.Image]:
         pixels = self.decode(sample, grid).cpu().numpy()
         images = [Image.fromarray(p) for p in pixels]
-        size = {"height": images[0].height, "width": images[0].width}
-        settings = json.dumps({**config.to_dict(), **size, "dtype": str(self.dtype).removeprefix("torch.")})
-        software = f"dcar_fast {__version__}"
+        settings = json.dumps(self._settings(config, grid))
+        software = f"dcar_fast {__version__}, {self.engine} engine"
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             image.info = {"prompt": prompt, "seed": str(seed), "settings": settings, "software": software}
         return images
+
+    def _settings(self, config: SamplingConfig, grid: tuple[int, int]) -> dict[str, Any]:
+        height, width = (side * self.config.tokenizer.compression for side in grid)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**config.to_dict(), "height": height, "width": width, "dtype": dtype}
 
     @staticmethod
     def _cut(result: Image.Image, image: Image.Image) -> Image.Image:
@@ -339,8 +319,3 @@ class DCARPipeline:
     def _bar(self, shown: bool, batches: int, config: SamplingConfig) -> SamplingBar:
         denoising = diffusion_schedule(self.config.generator.head_steps).num_steps
         return SamplingBar(shown, batches, config.num_steps + denoising)
-
-    def _announce(self) -> None:
-        if not self._announced:
-            log.warning("untrained weights: the images are noise, good for timing and tests only")
-            self._announced = True

@@ -5,17 +5,20 @@ repeated call gives the same bits. Head sizes need not be powers of two: see :fu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from dcar_fast.kernels._moments import PIECE as PIECE_WIDTH
+from dcar_fast.kernels._moments import row_moments
 from dcar_fast.kernels.configs import Config, Rule, Table
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 LOG2_E = math.log2(math.e)
+PIECE = tl.constexpr(PIECE_WIDTH)
 FEW_ROWS = 32 * 1024  # (image, head, query) triples up to which small blocks are needed to give every SM something
 
 
@@ -24,20 +27,24 @@ def blocks(queries: int, keys: int, num_warps: int, num_stages: int = 2) -> Conf
 
 
 def table(name: str) -> Table:
-    """Sizes: ``head`` as padded by :func:`split`, ``itemsize`` in bytes, ``rows`` = images x heads x queries."""
+    """Sizes: ``head`` as padded by :func:`split`, ``itemsize`` in bytes, ``rows`` = images x heads x queries,
+    ``moments``: 1 with row moments, which take registers, else 0."""
 
-    def rules(many_rows: Config, many_rows_of_128: Config, float32: Config) -> tuple[Rule, ...]:
+    def rules(
+        many_rows: Config, many_rows_of_128: Config, float32: Config, with_moments: Config | None = None
+    ) -> tuple[Rule, ...]:
         return (
             Rule({"itemsize": 2, "head": 128, "rows": FEW_ROWS}, blocks(64, 64, 4)),
             Rule({"itemsize": 2, "head": 80}, many_rows),
             Rule({"itemsize": 2, "head": 128}, many_rows_of_128),
             Rule({"itemsize": 2, "head": 256}, blocks(64, 32, 8)),
-            Rule({"head": 80}, float32),
+            Rule({"head": 80, "moments": 0}, float32),
+            Rule({"head": 80}, with_moments or float32),
             Rule({"head": 128}, blocks(16, 16, 4)),
             Rule({}, blocks(16, 16, 8, 1)),  # runs, but is not made for
         )
 
-    blackwell = rules(blocks(128, 64, 8, 3), blocks(128, 64, 8, 3), blocks(64, 32, 8))
+    blackwell = rules(blocks(128, 64, 8, 3), blocks(128, 64, 8, 3), blocks(64, 32, 8), blocks(32, 16, 8))
     shipped = {
         "consumer": rules(blocks(128, 64, 8), blocks(64, 32, 4), blocks(32, 16, 4)),
         "datacenter": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(32, 16, 4)),
@@ -51,6 +58,10 @@ def table(name: str) -> Table:
         for stages in (2, 3)
     ]
     return Table(name, shipped, tuple(candidates), scaling=("rows",))
+
+
+def table_sizes(head: int, dtype: torch.dtype, rows: int, moments: bool = False) -> dict[str, int]:
+    return {"head": split(head).padded, "itemsize": dtype.itemsize, "rows": rows, "moments": int(moments)}
 
 
 class Split(NamedTuple):
@@ -91,10 +102,13 @@ def attention_kernel(
     v,
     out,  # (B, N, H, HEAD), contiguous
     lengths,  # (B,) int64: the keys of each image; None: all T
-    statistics,  # (4, B, N) float32: mean and rstd of q's rows, then of k's; None: q and k are taken as they are
-    q_weight,  # (H, HEAD), like the next two only with statistics
+    statistics,  # (4, B, N) float32: mean and rstd of q's rows, then of k's
+    moments,  # (B, N, 3 pieces, 2) float32, row moments of q, k and v; both None: q and k are taken as they are
+    q_weight,  # (H, HEAD), like the next two only with one of them
     q_bias,
     k_weight,
+    eps,  # with moments
+    pieces,
     queries,
     keys,
     heads,
@@ -115,10 +129,12 @@ def attention_kernel(
     RAGGED: tl.constexpr,  # the last block of keys may be incomplete
     ALIGNED: tl.constexpr,  # a power of two that divides all strides; loads are as wide as it allows
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,  # a power of two, at least pieces
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
+    NORMALISED: tl.constexpr = statistics is not None or moments is not None
     # one grid dimension, because the others end at 65,535; neighbours share an image and head, so its keys stay in L2
     tiles = tl.cdiv(queries, BLOCK_QUERIES)
     image = (tl.program_id(0) // tiles // heads).to(tl.int64)
@@ -141,15 +157,24 @@ def attention_kernel(
     q_main = tl.load(q_at + main[None, :], mask=live & in_main, other=0.0)
     if TAIL:
         q_tail = tl.load(q_at + tail[None, :], mask=live & in_tail, other=0.0)
-    if statistics is not None:
+    if NORMALISED:
         # LayerNorm of the keys needs no pass over them. With n = LN(query) and key y of mean m and deviation 1/r,
         #   n . ((y - m) r w + b) = r ((n w) . y - m sum(n w)) + n . b
         # where the last term is the same for all keys and so falls out of the softmax: w goes into the query, once per
         # program, and r and m into the scores. The sum is taken of n w as rounded, so that m cancels exactly.
-        places = images * tl.cast(queries, tl.int64)
-        at = statistics + image * queries + query
-        mean = tl.load(at, mask=query < queries, other=0.0)
-        rstd = tl.load(at + places, mask=query < queries, other=0.0)
+        if moments is not None:
+            moments += image * queries * pieces * 6
+            # rows beyond the last repeat it, here and below: what comes of them is dropped
+            at = moments + tl.minimum(query, queries - 1) * pieces * 6
+            mean, rstd = row_moments(at, pieces, PIECE, pieces * PIECE, eps, PIECES)
+            moments += pieces * 2  # those of the keys
+        else:
+            places = images * tl.cast(queries, tl.int64)
+            at = statistics + image * queries + query
+            mean = tl.load(at, mask=query < queries, other=0.0)
+            rstd = tl.load(at + places, mask=query < queries, other=0.0)
+            k_mean_at = statistics + 2 * places + image * keys
+            k_rstd_at = k_mean_at + places
         q_weight += head * HEAD
         q_bias += head * HEAD
         k_weight += head * HEAD
@@ -158,8 +183,6 @@ def attention_kernel(
         if TAIL:
             q_tail = normalised_queries(q_tail, mean, rstd, q_weight, q_bias, k_weight, tail, HEAD)
             q_sum += tl.sum(q_tail.to(tl.float32), axis=1)
-        k_mean_at = statistics + 2 * places + image * keys
-        k_rstd_at = k_mean_at + places
 
     largest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
@@ -175,9 +198,13 @@ def attention_kernel(
         k_main = tl.load(k_at + main[None, :], mask=inside[:, None] & in_main, other=0.0)
         if TAIL:
             k_tail = tl.load(k_at + tail[None, :], mask=inside[:, None] & in_tail, other=0.0)
-        if statistics is not None:
-            k_mean = tl.load(k_mean_at + start + step, mask=inside, other=0.0)
-            k_rstd = tl.load(k_rstd_at + start + step, mask=inside, other=0.0)
+        if NORMALISED:
+            if moments is not None:
+                k_moments_at = moments + tl.minimum(start + step, length - 1).to(tl.int64) * pieces * 6
+                k_mean, k_rstd = row_moments(k_moments_at, pieces, PIECE, pieces * PIECE, eps, PIECES)
+            else:
+                k_mean = tl.load(k_mean_at + start + step, mask=inside, other=0.0)
+                k_rstd = tl.load(k_rstd_at + start + step, mask=inside, other=0.0)
             if FLOAT32:
                 # (n w) . y and m sum(n w) cancel, which float32 would feel where |m| >> 1/r: subtract first
                 k_main -= k_mean[:, None]
@@ -186,7 +213,7 @@ def attention_kernel(
         scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
         if TAIL:
             scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-        if statistics is not None:
+        if NORMALISED:
             if not FLOAT32:
                 scores -= q_sum[:, None] * k_mean[None, :]
             scores *= k_rstd[None, :]
@@ -221,13 +248,16 @@ def attention_kernel(
 
 
 class Normalisation(NamedTuple):
-    """What turns q and k into LayerNorm(q) and LayerNorm(k): (4, B, N) float32 statistics of both, contiguous, and the
-    weights (D,). There is no bias of k: it adds the same to all scores of a query."""
+    """What turns q and k into LayerNorm(q) and LayerNorm(k): (4, B, N) float32 statistics of both or row moments (B, N,
+    3D / 64, 2) of q, k and v, contiguous, the weights (D,), and the eps that moments lack. There is no bias of k: it
+    adds the same to all scores of a query."""
 
-    statistics: torch.Tensor
+    statistics: torch.Tensor | None
+    moments: torch.Tensor | None
     q_weight: torch.Tensor
     q_bias: torch.Tensor
     k_weight: torch.Tensor
+    eps: float
 
 
 def attend(
@@ -247,10 +277,12 @@ def attend(
     # strides are the kernel's business, but a row's numbers must lie side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     parts, keys = split(head), k.shape[1]
-    rows = images * heads * queries
-    config = config or table.pick(q.device, head=parts.padded, itemsize=q.element_size(), rows=rows)
+    normalisation = normalisation or (None,) * len(Normalisation._fields)
+    moments = normalisation[1]
+    pieces = None if moments is None else moments.shape[2] // 3
+    sizes = table_sizes(head, q.dtype, images * heads * queries, moments is not None)
+    config = config or table.pick(q.device, **sizes)
     tiles = triton.cdiv(queries, config.blocks["BLOCK_QUERIES"])
-    statistics, q_weight, q_bias, k_weight = normalisation or (None,) * 4
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     attention_kernel[(tiles * heads * images,)](
         q,
@@ -258,10 +290,8 @@ def attend(
         v,
         out,
         lengths,
-        statistics,
-        q_weight,
-        q_bias,
-        k_weight,
+        *normalisation,
+        pieces,
         queries,
         keys,
         heads,
@@ -274,6 +304,7 @@ def attend(
         RAGGED=lengths is not None or keys % config.blocks["BLOCK_KEYS"] != 0,
         ALIGNED=math.gcd(16 // q.element_size(), *strides),
         PRECISION=precision(q.dtype, q.device.type),
+        PIECES=padded(pieces),
         **config.launch,
     )
     return out
@@ -289,10 +320,23 @@ def precision(dtype: torch.dtype, device_type: str = "cuda") -> str:
     return "bf16x6" if dtype == torch.float32 and device_type == "cuda" else "ieee"
 
 
-def constants(head: int, dtype: torch.dtype, ragged: bool) -> Mapping[str, Any]:
-    """The kernel's constants as :func:`attend` sets them for a model's own tensors, for the offline compiler."""
+def padded(pieces: int | None) -> int | None:
+    """The width of a tile of row moments."""
+    return None if pieces is None else triton.next_power_of_2(pieces)
+
+
+NORMALISATION = (*Normalisation._fields, "pieces")
+
+
+def constants(
+    head: int, dtype: torch.dtype, ragged: bool, given: Iterable[str] = (), pieces: int | None = None
+) -> Mapping[str, Any]:
+    """The kernel's constants as :func:`attend` sets them for a model's own tensors, for the offline compiler.
+    ``given``: which of ``NORMALISATION`` are arguments; the others are None."""
     parts = split(head)
     return {
+        **dict.fromkeys(name for name in NORMALISATION if name not in given),
+        "PIECES": padded(pieces),
         "HEAD": head,
         "MAIN": parts.main,
         "TAIL": parts.tail,

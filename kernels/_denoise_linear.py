@@ -12,22 +12,9 @@ again: three tiles to read instead of one. With many rows ``modulate_kernel`` do
 import triton
 import triton.language as tl
 
+from dcar_fast.kernels._moments import row_moments
+
 EPS = tl.constexpr(1e-6)
-
-
-@triton.jit
-def row_moments(moments, row, pieces, piece_width, width, PIECES: tl.constexpr):
-    """Mean and 1 / standard deviation (BLOCK_M,) float32 of rows (int64) from moments (rows, pieces, 2)."""
-    piece = tl.arange(0, PIECES)
-    live = (piece < pieces)[None, :]
-    place = moments + (row[:, None] * pieces + piece[None, :]) * 2
-    means = tl.load(place, mask=live, other=0.0)
-    squares = tl.load(place + 1, mask=live, other=0.0)
-    count = tl.minimum(width - piece * piece_width, piece_width).to(tl.float32)[None, :]
-    mean = tl.sum(tl.where(live, means * count, 0.0), axis=1) / width
-    apart = means - mean[:, None]
-    squares = tl.sum(tl.where(live, squares + count * apart * apart, 0.0), axis=1)
-    return mean, tl.rsqrt(squares / width + EPS)
 
 
 @triton.jit
@@ -76,7 +63,7 @@ def modulate_kernel(
     live = (row < rows)[:, None] & (k < width)[None, :]
     row = tl.minimum(row, rows - 1)
     source = row % source_rows
-    mean, rstd = row_moments(moments, source, pieces, piece_width, width, PIECES)
+    mean, rstd = row_moments(moments + source * pieces * 2, pieces, piece_width, width, EPS, PIECES)
     tile = (load_tile(x, source, k, width, width) - mean[:, None]) * rstd[:, None]
     tile = tile * load_vector(norm_weight, k, width) + load_vector(norm_bias, k, width)
     tile = modulate(tile, modulation, row, k, width, stride, column)
@@ -125,7 +112,7 @@ def linear_kernel(
     source = row % source_rows
     x_row = row if GATED else source
     if NORMALISE:
-        mean, rstd = row_moments(x_moments, source, pieces, piece_width, inner, PIECES)
+        mean, rstd = row_moments(x_moments + source * pieces * 2, pieces, piece_width, inner, EPS, PIECES)
 
     kind = weight.dtype.element_ty
     weights = weight + tl.minimum(n, outer - 1).to(tl.int64)[None, :] * inner

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from dcar_fast.kernels._denoise_linear import load_tile, load_vector, modulate, row_moments
+from dcar_fast.kernels._denoise_linear import EPS, load_tile, load_vector, modulate
+from dcar_fast.kernels._moments import row_moments
 from dcar_fast.kernels.philox import STREAM_LATENT, normal, philox
 
 
@@ -109,7 +110,7 @@ def tail_kernel(
         net = tl.minimum(tl.program_id(0).to(tl.int64) * OWN_M + pair // 2, rows - 1) + (pair % 2) * rows
     else:
         net = own
-    mean, rstd = row_moments(moments, net, pieces, piece_width, width, PIECES)
+    mean, rstd = row_moments(moments + net * pieces * 2, pieces, piece_width, width, EPS, PIECES)
 
     first = tl.program_id(1) * BLOCK_C
     channel = first + tl.arange(0, BLOCK_C)

@@ -2,7 +2,7 @@
 
 import torch
 
-from dcar_fast.kernels._attention import TYPES, attend, attention_kernel, constants, split, table
+from dcar_fast.kernels._attention import TYPES, attend, attention_kernel, constants, table, table_sizes
 from dcar_fast.kernels.configs import Case, Config
 from dcar_fast.kernels.offline import Variant
 
@@ -32,7 +32,7 @@ def cases() -> list[Case]:
             lengths = torch.full((rows,), keys, device=device)
             return lambda config: cross_attention(q, kv[:, :, 0], kv[:, :, 1], lengths, config)
 
-        sizes = {"head": split(HEAD).padded, "itemsize": dtype.itemsize, "rows": rows * HEADS * QUERIES}
+        sizes = table_sizes(HEAD, dtype, rows * HEADS * QUERIES)
         return Case(f"{TYPES[dtype]} {rows}x{QUERIES} T={keys}", TABLE, sizes, prepare)
 
     return [case(rows, keys, dtype) for dtype in TYPES for rows in (2, 32) for keys in (64, 300)]
@@ -56,13 +56,10 @@ def offline_variants(capability: int, every: bool = False) -> list[Variant]:
             signature=dict.fromkeys(pointers, f"*{TYPES[dtype]}")
             | {"lengths": "*i64", "scale": "fp32"}
             | dict.fromkeys((*sizes, *strides), "i32"),
-            constexprs=dict.fromkeys(("statistics", "q_weight", "q_bias", "k_weight"))
-            | constants(head, dtype, ragged=True),
+            constexprs=constants(head, dtype, ragged=True),
             multiples_of_16=("queries", "heads", *(stride for stride in strides if not stride.endswith("head"))),
             tensor_cores=True,
         )
         for head, dtype, rows in situations
-        for config in TABLE.configs(
-            capability, every, head=split(head).padded, itemsize=dtype.itemsize, rows=rows * HEADS * QUERIES
-        )
+        for config in TABLE.configs(capability, every, **table_sizes(head, dtype, rows * HEADS * QUERIES))
     ]

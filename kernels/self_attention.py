@@ -2,9 +2,10 @@
 
 Two launches. The first writes mean and rstd of every row of q and k, 16 bytes for what was 2 D numbers, and the second
 normalises with them: queries when a block of them is loaded, once, and keys on the scores, which the algebra in
-``_attention.py`` allows. Writing normalised q and k instead would cost another pass of 2 N D numbers, and normalising
-keys when they are loaded would do it again for every block of queries and take them through registers on their way to
-the tensor cores. It also means that a projection that emits the statistics itself leaves one launch.
+``_attention.py`` allows. Where the projection before left the row moments of q and k the first launch is not needed:
+the second one combines them itself. Writing normalised q and k instead would cost another pass of 2 N D numbers, and
+normalising keys when they are loaded would do it again for every block of queries and take them through registers on
+their way to the tensor cores.
 """
 
 import math
@@ -13,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dcar_fast.kernels._attention import TYPES, Normalisation, attend, attention_kernel, constants, split, table
+from dcar_fast.kernels._attention import TYPES, Normalisation, attend, attention_kernel, constants, table, table_sizes
+from dcar_fast.kernels._moments import PIECE
 from dcar_fast.kernels.configs import Case, Config, Rule, Table
 from dcar_fast.kernels.offline import Variant
 
@@ -106,26 +108,32 @@ def self_attention(
     k_weight: torch.Tensor,
     heads: int,
     eps: float,
+    moments: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """Attention (B, N, D) of the q, k and v side by side in qkv (B, N, 3D), of one type out of ``TYPES``; q and k go
-    through LayerNorm over all D first, with weights (D,) of any floating type. ``config`` is the attention's.
+    through LayerNorm over all D first, with weights (D,) of any floating type. ``moments`` (B, N, 3D / 64, 2): the row
+    moments of qkv. ``config`` is the attention's.
 
-    Two launches on the current device, more only to copy what is strided in its last dimension. Formula and checks:
-    ``reference/self_attention.py``, ``ops/self_attention.py``.
+    Two launches on the current device, one with moments, more only to copy what is strided in its last dimension.
+    Formula and checks: ``reference/self_attention.py``, ``ops/self_attention.py``.
     """
     if qkv.numel() == 0:
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     if qkv.stride(2) != 1:
         qkv = qkv.contiguous()
     weights = (weight.contiguous() for weight in (q_weight, q_bias, k_weight))
-    normalisation = Normalisation(row_statistics(qkv, eps), *weights)
+    if moments is None:
+        normalisation = Normalisation(row_statistics(qkv, eps), None, *weights, eps)
+    else:
+        normalisation = Normalisation(None, moments.contiguous(), *weights, eps)
     q, k, v = (part.unflatten(2, (heads, -1)) for part in qkv.chunk(3, dim=2))
     return attend(q, k, v, None, normalisation, TABLE, config).flatten(2)
 
 
 def cases() -> list[Case]:
-    """The full-size model at 256, 512 and 1024 px, one image and sixteen with their unconditional rows."""
+    """The full-size model at 256, 512 and 1024 px, one image and sixteen with their unconditional rows: attention as
+    the model runs it, with moments, and the statistics of those who have none."""
 
     def inputs(images: int, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
         width = HEADS * HEAD
@@ -135,9 +143,11 @@ def cases() -> list[Case]:
     def attention(images: int, tokens: int, dtype: torch.dtype) -> Case:
         def prepare(device: torch.device):
             arguments = inputs(images, tokens, dtype, device)
-            return lambda config: self_attention(*arguments, HEADS, 1e-5, config)
+            pieces = arguments[0].float().unflatten(2, (-1, PIECE))
+            moments = torch.stack((pieces.mean(dim=3), pieces.var(dim=3, correction=0) * PIECE), dim=3)
+            return lambda config: self_attention(*arguments, HEADS, 1e-5, moments, config)
 
-        sizes = {"head": split(HEAD).padded, "itemsize": dtype.itemsize, "rows": images * HEADS * tokens}
+        sizes = table_sizes(HEAD, dtype, images * HEADS * tokens, moments=True)
         return Case(f"{TYPES[dtype]} {images}x{tokens}", TABLE, sizes, prepare)
 
     def statistics(images: int, tokens: int, dtype: torch.dtype) -> Case:
@@ -158,17 +168,16 @@ def cases() -> list[Case]:
 
 
 def offline_variants(capability: int, every: bool = False) -> list[Variant]:
-    """The full-size model's shapes: both kernels, few and many rows, 256 tokens that blocks divide and 1000 that they
-    do not."""
+    """The full-size model's shapes: both kernels, with and without moments, few and many rows, 256 tokens that blocks
+    divide and 1000 that they do not."""
     return [
         *(_statistics_variant(config, dtype) for dtype in TYPES for config in _statistics_configs(capability, every)),
         *(
-            _attention_variant(config, dtype, images, tokens)
+            _attention_variant(config, dtype, images, tokens, moments)
             for dtype in TYPES
+            for moments in (False, True)
             for images, tokens in ((2, 256), (32, 256), (32, 1000))
-            for config in TABLE.configs(
-                capability, every, head=split(HEAD).padded, itemsize=dtype.itemsize, rows=images * HEADS * tokens
-            )
+            for config in TABLE.configs(capability, every, **table_sizes(HEAD, dtype, images * HEADS * tokens, moments))
         ),
     ]
 
@@ -191,21 +200,25 @@ def _statistics_variant(config: Config, dtype: torch.dtype) -> Variant:
     )
 
 
-def _attention_variant(config: Config, dtype: torch.dtype, images: int, tokens: int) -> Variant:
+def _attention_variant(config: Config, dtype: torch.dtype, images: int, tokens: int, moments: bool) -> Variant:
     tensors, weights = ("q", "k", "v", "out"), ("q_weight", "q_bias", "k_weight")
     sizes = ("queries", "keys", "heads", "images")
     strides = [f"{x}_{stride}" for x in "qkv" for stride in ("image", "row", "head")]
     ragged = tokens % config.blocks["BLOCK_KEYS"] != 0
+    source = {"moments": "*fp32", "eps": "fp32", "pieces": "i32"} if moments else {"statistics": "*fp32"}
+    given = (*source, *weights)
     return Variant(
         name="self_attention.attention",
         dtype=TYPES[dtype],
-        shape=f"d={HEAD} {images}x{tokens}",
+        shape=f"d={HEAD} {images}x{tokens}{' moments' if moments else ''}",
         config=config,
         kernel=attention_kernel,
         signature=dict.fromkeys((*tensors, *weights), f"*{TYPES[dtype]}")
-        | {"statistics": "*fp32", "scale": "fp32"}
+        | {"scale": "fp32"}
+        | source
         | dict.fromkeys((*sizes, *strides), "i32"),
-        constexprs={"lengths": None} | constants(HEAD, dtype, ragged),
+        constexprs={"lengths": None}
+        | constants(HEAD, dtype, ragged, given, HEADS * HEAD // PIECE if moments else None),
         multiples_of_16=(
             "heads",
             *(() if ragged else ("queries", "keys")),

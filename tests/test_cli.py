@@ -59,6 +59,67 @@ def test_reconstruct_inpaint_variation(tmp_path, picture):
         assert Image.open(out).size == SIZE
 
 
+def test_both_engines(tmp_path, picture):
+    pixels = []
+    for engine in ("fast", "reference"):
+        out = tmp_path / f"{engine}.png"
+        assert main(["reconstruct", str(picture), "-o", str(out), "--engine", engine]) == 0
+        pixels.append(np.array(Image.open(out)).astype(int))
+        assert main(["sample", "x", "-o", str(out), "--engine", engine, "--num-steps", "1", "--seed", "1"]) == 0
+        assert Image.open(out).text["software"].endswith(f", {engine} engine")
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_generate_draws_a_file_of_prompts_and_resumes(tmp_path, capsys):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "new folder"
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two", "seed": 40, "name": "second"}\n{"prompt": "three"}\n')
+    args = ["generate", str(prompts), "-o", str(out), "--seed", "5", "--num-steps", "2", "--batch-size", "2"]
+    assert main(args) == 0
+    captured = capsys.readouterr()
+    assert f"wrote 3 images to {out} in " in captured.out and "3/3 [" in captured.err and "images/s" in captured.err
+    assert sorted(p.name for p in out.iterdir()) == ["00000.png", "00002.png", "metadata.jsonl", "second.png"]
+    assert [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()] == [
+        {"file_name": "00000.png", "prompt": "one", "seed": 5},
+        {"file_name": "second.png", "prompt": "two", "seed": 40},
+        {"file_name": "00002.png", "prompt": "three", "seed": 7},
+    ]
+    (out / "second.png").unlink()
+    assert main(args) == 0
+    assert "wrote 1 images" in (line := capsys.readouterr().out) and "2 were there" in line
+    assert main([*args, "--guidance-scale", "2"]) == 2
+    assert "00000.png is in the way: its guidance_scale is 4.5, this run's is 2.0" in capsys.readouterr().err
+    assert main([*args, "--guidance-scale", "2", "--overwrite"]) == 0
+    assert json.loads(Image.open(out / "second.png").text["settings"])["guidance_scale"] == 2
+    alone = tmp_path / "alone.png"
+    assert main(["sample", "three", "-o", str(alone), "--seed", "7", "--num-steps", "2", "--guidance-scale", "2"]) == 0
+    assert np.abs(np.array(Image.open(alone)).astype(int) - np.array(Image.open(out / "00002.png"))).max() <= 1
+
+
+def test_generate_checks_before_the_model_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dcar_fast.pipeline.DCARPipeline.from_preset", lambda *a, **k: pytest.fail("worked first"))
+    good, empty, twice = tmp_path / "p.txt", tmp_path / "empty.txt", tmp_path / "twice.jsonl"
+    good.write_text("a\n")
+    empty.write_text("")
+    twice.write_text('{"prompt": "a", "name": "x"}\n' * 2)
+    out = str(tmp_path / "out")
+    for args, message in (
+        ([str(empty), "-o", out], "empty.txt is empty"),
+        ([str(tmp_path / "none"), "-o", out], "none cannot be read: No such file"),
+        ([str(twice), "-o", out], "names must differ: prompts 0 and 1 both go to x.png"),
+        ([str(good), "-o", "/proc/nowhere"], "cannot be written"),
+        ([str(good), "-o", str(empty)], "cannot be written"),
+        ([str(good), "-o", out, "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
+        ([str(good), "-o", out, "--seed", "-1"], "0 <= seed < 2^63"),
+        ([str(good), "-o", out, "--num-steps", "0"], "num_steps must be 1..256"),
+        ([str(good), "-o", out, "--device", "cuda:99"], "device cuda:99 cannot be used"),
+    ):
+        assert main(["generate", *args]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["generate", str(good), "-o", out]) == 2
+    assert "WORLD_SIZE is set, so RANK must be an integer" in capsys.readouterr().err
+
+
 def test_saved_model_folder(tmp_path, picture):
     from dcar_fast import DCARPipeline
 
@@ -155,9 +216,10 @@ def test_doctor_names_every_op_and_backend(capsys):
     assert main(["doctor", "--device", "cuda:99"]) == 2
 
 
-def test_the_module_runs_as_a_command(tmp_path):
+@pytest.mark.parametrize("module", ["dcar_fast", "dcar_fast.cli"])
+def test_the_module_runs_as_a_command(tmp_path, module):
     result = subprocess.run(
-        [sys.executable, "-m", "dcar_fast.cli", "sample", "--num-steps", "0", "x"],
+        [sys.executable, "-m", module, "sample", "--num-steps", "0", "x"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -176,11 +176,11 @@ def test_long_outputs_keep_both_ends(module) -> None:
 @pytest.fixture
 def suite(module, tmp_path: Path):
     """A suite of a minute, and a maker of steps that run a shell script."""
-    gpu_suite, parts, judge = module("gpu_suite"), module("_suite.parts"), module("_suite.judge")
+    gpu_suite, judge = module("gpu_suite"), module("_suite.judge")
     made = gpu_suite.Suite(tmp_path, 1, ["--out", "x"])
 
     def step(script: str, name: str = "step", verdict=judge.finished, limit: float = 20, **more):
-        return parts.Step(name, "part", ("sh", "-c", script), verdict, limit, **more)
+        return module("_suite.steps").Step(name, "part", ("sh", "-c", script), verdict, limit, **more)
 
     return made, step
 
@@ -328,6 +328,37 @@ def test_judging_nsight_compute(module) -> None:
     assert judge(done(module, NCU, code=1)).status == "failed"
 
 
+def test_judging_a_trace(module) -> None:
+    judge = module("_suite.judge").trace
+    good = "parity\n\nfast-bfloat16, one run as timed and one by stages, in t:\n--- a\nkernel\n\nrow  median\nfast\n"
+    found = judge(done(module, good))
+    assert found.status == "ok" and found.result["text"].startswith("fast-bfloat16, one run as")
+    assert "kernel" in found.result["text"] and "median" not in found.result["text"]
+    assert judge(done(module, good, code=1)).status == "failed"
+    assert judge(done(module, "row  median\n")).status == "failed"
+
+
+NSYS = """Generating '/tmp/x.qdstrm'
+row  median
+
+ ** NVTX Range Summary (nvtx_sum):
+
+ ** CUDA GPU Kernel Summary (cuda_gpu_kern_sum):
+
+ 99.0  1000  fused_linear
+"""
+
+
+def test_judging_nsight_systems(module) -> None:
+    judge = module("_suite.judge").nsys
+    found = judge(done(module, NSYS))
+    assert (
+        found.status == "ok" and found.result["text"].startswith(" ** NVTX") and "fused_linear" in found.result["text"]
+    )
+    assert judge(done(module, NSYS, code=1)).status == "failed"
+    assert judge(done(module, "SKIPPED: no kernel data\n")).reason.startswith("no summary of kernels: ")
+
+
 def test_judging_the_others(module) -> None:
     judge = module("_suite.judge")
     assert judge.warmup(done(module, "x\n3 kernels compiled, 0 from the cache, 1.0 s\n"))[:2] == (
@@ -344,8 +375,8 @@ def test_judging_the_others(module) -> None:
 
 def plan(module, tmp_path: Path, **changes):
     facts = {"device": "cuda", "quick": False, "out": tmp_path, "scratch": tmp_path, "no_gpu": None}
-    tools = {"ncu": "/bin/ncu", "compute-sanitizer": "/bin/compute-sanitizer"}
-    return module("_suite.parts").Plan(**{**facts, "tools": tools, **changes})
+    tools = {"ncu": "/bin/ncu", "nsys": "/bin/nsys", "compute-sanitizer": "/bin/compute-sanitizer"}
+    return module("_suite.steps").Plan(**{**facts, "tools": tools, **changes})
 
 
 def test_the_steps_of_a_gpu(module, tmp_path: Path) -> None:
@@ -369,24 +400,65 @@ def test_the_steps_of_a_gpu(module, tmp_path: Path) -> None:
         for word in step.command:
             if word.startswith("benchmarks/"):
                 assert (ROOT / word).exists(), word
-    (tests,) = (step for step in found if step.part == "tests")
-    assert "tests/ops/test_add_residual.py" in tests.command and "tests/test_cli.py" not in tests.command
-    assert "add_residual_kernel" in " ".join(next(s for s in found if s.name == "profile").command)
     assert all("--device cuda" in " ".join(s.command) for s in found if s.part in ("kernels", "ceilings", "latency"))
+
+
+def test_every_gpu_test_is_in_one_of_two_parts(module, tmp_path: Path) -> None:
+    parts = module("_suite.parts")
+    graphs, tests = (parts.steps((part,), plan(module, tmp_path))[0] for part in ("graphs", "tests"))
+    files = [{word for word in step.command if word.startswith("tests/")} for step in (graphs, tests)]
+    assert not files[0] & files[1] and "tests/sampling/test_fast_graphs.py" in files[0]
+    assert "tests/ops/test_add_residual.py" in files[1] and "tests/test_cli.py" not in files[1]
+    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text()}
+    assert files[0] | files[1] == {str(path.relative_to(ROOT)) for path in marked}
+    assert "-n" not in graphs.command
+
+
+def test_fast_rows_come_before_what_compiles_for_minutes(module, tmp_path: Path) -> None:
+    parts = module("_suite.parts")
+    found = {step.name: step for step in parts.steps(parts.GPU_PARTS, plan(module, tmp_path))}
+    order = list(found)
+    assert order.index("latency") < order.index("throughput") < order.index("graphs") < order.index("precision")
+    assert order.index("precision") < order.index("baselines latency") < order.index("baselines throughput")
+    for name, batch in (("latency", "1"), ("throughput", "16")):
+        for step in (found[name], found[f"baselines {name}"]):
+            command = " ".join(step.command)
+            assert (
+                f"benchmarks/{name}.py" in command and f"--bs {batch} " in command and "--preset dc-ar-512" in command
+            )
+            assert f"--weights {tmp_path / 'weights'}" in command  # drawn once
+        assert "--rows eager-float32 eager-bfloat16 fast-float32 fast-bfloat16" in " ".join(found[name].command)
+        compiled = " ".join(found[f"baselines {name}"].command)
+        assert compiled.endswith("--rows fast-bfloat16 compile-bfloat16:max-autotune")
+
+
+def test_the_profiles(module, tmp_path: Path) -> None:
+    """The commands that the documentation gives."""
+    parts = module("_suite.parts")
+    trace, nsys, ranges, kernels = parts.steps(("profile",), plan(module, tmp_path))
+    assert "--profile" in trace.command and "--rows fast-bfloat16" in " ".join(trace.command)
+    collect, stats = nsys.command[-1].split(" && ")
+    assert collect.startswith("/bin/nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop ")
+    assert collect.endswith("--profile-range") and "--trace=cuda,nvtx" in collect
+    assert stats.startswith("/bin/nsys stats --report ") and stats.endswith(f"{tmp_path / 'report'}.nsys-rep")
+    assert " ".join(ranges.command).startswith("/bin/ncu --nvtx --profile-from-start off ")
+    assert ranges.command[-1] == "--nvtx"
+    assert "add_residual_kernel" in " ".join(kernels.command)
 
 
 def test_tools_that_are_missing(module, tmp_path: Path) -> None:
     parts = module("_suite.parts")
     found = parts.steps(("sanitizer", "profile"), plan(module, tmp_path, tools={"ncu": None}))
-    assert [step.missing for step in found] == ["compute-sanitizer is not installed"] * 2 + [None]
+    assert [step.missing for step in found[:2]] == ["compute-sanitizer is not installed"] * 2
+    assert [step.missing for step in found[2:]] == [None, "nsys is not installed", "ncu is not installed", None]
     assert found[-1].command[1:] == ("-m", "_suite.profile")
 
 
 def test_on_a_cpu_the_others_say_why(module, tmp_path: Path) -> None:
     parts = module("_suite.parts")
     found = parts.steps(parts.PARTS, plan(module, tmp_path, device="cpu", no_gpu="torch sees no GPU"))
-    missing = {step.part: step.missing for step in found}
-    needs = {"warmup", "tests", "sanitizer", "profile", "tune"}
+    missing = {step.part: step.missing for step in found if step.name != "profile trace"}
+    needs = {"warmup", "graphs", "tests", "sanitizer", "profile", "tune"}
     assert missing == {part: f"{NO_GPU}torch sees no GPU" if part in needs else None for part in parts.PARTS}
     assert not needs & set(parts.CPU_PARTS)
 
@@ -432,6 +504,52 @@ def test_kernels_beside_the_ceilings(module) -> None:
     assert report.kernel_row("op", found | {"tflop_per_s": 400}, ceilings)[6] == "400 TFLOP/s, 50% of the ceiling"
     alone = report.kernel_row("op", {"results": {"reference": {"median_ms": 1.0}}}, ceilings)
     assert alone == ("op", "-", "-", "reference", "1", "-", "-")
+
+
+RESULT = {"benchmark": "latency", "preset": "dc-ar-512", "batch": 1}
+ROW = {"name": "fast-bfloat16", "median_s": 0.025, "images_per_s": 40.0, "first_s": 12.5}
+
+
+def test_images_and_precision_in_the_summary(module) -> None:
+    report = module("_suite.report")
+    failed = {"name": "compile-bfloat16", "median_s": None, "unavailable": "no | compiler"}
+    other = RESULT | {"rows": [ROW | {"first_s": None}, failed]}
+    exact = {"name": "fast-float32", "step_agreement": [1.0, 0.5], "free_agreement": 0.9, "psnr_free": None}
+    refused = {"name": "fast-fp8", "refused": "sm_80 has no fp8"}
+    precision = {"rows": [exact | {"residual": {"relative": 1e-3}}, refused]}
+    records = [
+        {"name": name, "part": name.split()[0], "status": "ok", "seconds": 1.0, "reason": "", "result": result}
+        for name, result in (
+            ("latency", RESULT | {"rows": [ROW]}),
+            ("baselines latency", other),
+            ("precision", precision),
+            ("graphs", {"failures": [{"test": "tests.a::b", "message": "unequal"}]}),
+            ("tests", {"failures": [{"test": "tests.c::d", "message": "bad"}]}),
+        )
+    ]
+    page = report.markdown({"environment": None, "stopped": None}, records)
+    what = "| latency, dc-ar-512, batch 1 |"
+    assert page.count(f"{what} fast-bfloat16 | 25 ms | 40 |") == 2
+    assert f"{what} fast-bfloat16 | 25 ms | 40 | 12.5 s |" in page
+    assert f"{what} compile-bfloat16 | unavailable: no / compiler | - | - |" in page
+    assert "| fast-float32 | 75.00% | 90.00% | 1.00e-03 | equal |" in page
+    assert "| fast-fp8 | refused: sm_80 has no fp8 | - | - | - |" in page
+    assert "- `tests.a::b`: unequal" in page and "- `tests.c::d`: bad" in page
+
+
+def test_the_profiles_share_a_file(module, tmp_path: Path) -> None:
+    report = module("_suite.report")
+    records = [
+        {"name": f"profile {name}", "part": "profile", "status": status, "seconds": 1.0, "reason": "", "result": result}
+        for name, status, result in (
+            ("trace", "ok", {"text": "operations"}),
+            ("nsys", "unavailable", None),
+            ("kernels", "ok", {"text": "launches", "launches": []}),
+        )
+    ]
+    report.write(tmp_path, {"environment": None, "stopped": None}, records, {})
+    assert (tmp_path / "profile.txt").read_text() == "===== profile trace\noperations\n===== profile kernels\nlaunches"
+    assert len(list(tmp_path.iterdir())) <= 8
 
 
 # ---- ceilings.py

@@ -35,6 +35,8 @@ APPLICATIONS = {
     "_inputs",
     "_progress",
     "_release",
+    "_stages",
+    "bulk",
     "checkpoints",
     "cli",
     "doctor",

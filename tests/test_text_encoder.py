@@ -148,6 +148,39 @@ def test_a_pad_written_into_a_prompt_costs_no_token(kind, t5):
     found = encode(encoder, ["<pad>ab"])
     assert found.mask.sum() == mask.sum(), "all tokens of the prompt are kept"
     assert found.states.shape[1] == found.mask.shape[1] == int(mask[0].nonzero().max()) + 1
+    assert (found.lengths is None) == (not mask[0, : found.mask.shape[1]].all()), "a hole, if the pad is one"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bytes", "bytes, pads attended"])
+def test_lengths_are_those_of_the_mask(kind, t5):
+    encoder = t5 if kind == "t5" else by_bytes(attend_pads="attended" in kind)
+    prompts = ["a cat", "", "x" * 10_000, "猫 🐈"]
+    found = encode(encoder, prompts)
+    assert found.lengths == (6, 1, 30, 9) == tuple(found.mask.sum(dim=1).tolist())
+    assert all(type(length) is int for length in found.lengths)
+
+
+def test_a_pad_in_any_prompt_leaves_no_lengths(t5, monkeypatch):
+    tokenize = t5.tokenize
+
+    def with_hole(prompts):
+        ids, mask = tokenize(prompts)
+        mask[1, 2] = False
+        return ids, mask
+
+    monkeypatch.setattr(t5, "tokenize", with_hole)
+    assert encode(t5, PROMPTS).lengths is None
+
+
+@pytest.mark.parametrize("kind", ["t5", "bytes"])
+def test_counting_tokens_is_tokenizing_without_a_word(kind, t5, monkeypatch, caplog):
+    encoder = t5 if kind == "t5" else by_bytes()
+    monkeypatch.setattr("dcar_fast.models.text_encoder.TOKENISED_AT_ONCE", 2)
+    prompts = ["a cat", "", "y" * 10_000, "猫 🐈", "x" * 29]
+    assert encoder.count_tokens(prompts) == [6, 1, 30, 9, 30] and not caplog.records
+    assert tuple(encoder.count_tokens(prompts)) == encode(encoder, prompts).lengths
+    with pytest.raises(ValueError, match="prompts.*empty"):
+        encoder.count_tokens([])
 
 
 @pytest.mark.parametrize("kind", ["t5", "bytes"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from dcar_fast.engine.base import Engine
+from dcar_fast.engine.fused import FusedEngine
 from dcar_fast.engine.pack import packed
 from dcar_fast.engine.packed import PackedEngine
 from dcar_fast.models.dcar import DCAR
@@ -23,8 +22,6 @@ OPS = (
     "place_tokens",
     "denoise_step",
 )
-
-logger = logging.getLogger(__name__)
 
 
 class Choice:
@@ -53,8 +50,6 @@ class Choice:
         backend = self._resolve(prefix)
         if backend == "native":
             return packed(self.model, ("packed", dtype), lambda model: PackedEngine(model, dtype))
-        from dcar_fast.engine.fused import FusedEngine
-
         return packed(self.model, ("fused", dtype, backend), lambda model: FusedEngine(model, dtype, backend))
 
     def _resolve(self, prefix: bool) -> str:

@@ -1,7 +1,6 @@
 """The decoder's layers for inference: weights laid out once, BatchNorms folded away, channels last.
 
-A layer takes and gives (B, C, H, W). ``scale`` is how much larger its output is, ``reach`` how many pixels beyond the
-ones of its own the convolutions look at, on every side; None says all of them (attention).
+What a layer tells of itself (``outputs``, ``scale``, ``reach``, ``elements``) is explained in ``tiling.py: Layer``.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dcar_fast import ops
 from dcar_fast.engine.decoder_conv import Conv
+from dcar_fast.engine.tiling import Layer
 from dcar_fast.models import autoencoder as model
 from dcar_fast.ops._dispatch import choose
 from dcar_fast.reference.activation import activate
@@ -63,6 +63,8 @@ class ResBlock:
     def __init__(self, block: model.ResBlock, dtype: torch.dtype) -> None:
         self.conv, self.act = Conv(block.conv1, dtype), _name(block.act)
         self.tail = Tail(block.conv2, block.norm, dtype)
+        self.outputs = self.widest = block.conv2.out_channels
+        self.elements = 3 * self.outputs
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         return self.tail(self.conv(x, self.act), x, backend)
@@ -76,6 +78,8 @@ class Attention:
     def __init__(self, attention: model.LiteMLA, dtype: torch.dtype) -> None:
         self.qkv = Conv(attention.qkv, dtype)
         self.tail = Tail(attention.proj, attention.norm, dtype)
+        self.outputs, self.widest = attention.proj.out_channels, attention.qkv.out_channels
+        self.elements = 9 * self.outputs  # x, q, k, v, what ReLU and padding make of them, the result
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         qkv = self.qkv(x)
@@ -95,6 +99,8 @@ class Mlp:
         self.inverted, self.act = Conv(mlp.inverted, dtype), _name(mlp.act)
         self.depthwise = Conv(mlp.depthwise, dtype)
         self.tail = Tail(mlp.pointwise, mlp.norm, dtype)
+        self.outputs, self.widest = mlp.pointwise.out_channels, mlp.inverted.out_channels
+        self.elements = self.outputs + 2 * self.widest
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         if plain("depthwise_gate", x, backend):
@@ -113,6 +119,8 @@ class Upsample:
 
     def __init__(self, layer: model.Upsample, dtype: torch.dtype) -> None:
         self.conv, self.repeats = Conv(layer.conv, dtype), layer.repeats
+        self.outputs, self.widest = layer.conv.out_channels // 4, layer.conv.out_channels
+        self.elements = layer.conv.in_channels + 4 * self.widest  # x, the convolution, x repeated, and both shuffled
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         y = self.conv(x)
@@ -130,6 +138,8 @@ class Expand:
 
     def __init__(self, layer: model.ChannelExpand, dtype: torch.dtype) -> None:
         self.conv, self.repeats = Conv(layer.conv, dtype), layer.repeats
+        self.outputs = self.widest = layer.conv.out_channels
+        self.elements = 3 * self.outputs
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         return self.conv(x, residual=x.repeat_interleave(self.repeats, dim=1))
@@ -143,6 +153,8 @@ class Output:
         self.shuffle = isinstance(layer, model.Upsample)
         self.conv = Conv(layer.conv if self.shuffle else layer, dtype)
         self.scale, self.reach = (2 if self.shuffle else 1), 1
+        self.outputs, self.widest = 3, norm.weight.numel()
+        self.elements = 3 * self.widest
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         y = self.conv(self.norm(x, backend, activation="relu"))
@@ -153,9 +165,9 @@ def _name(act: nn.Module) -> str:
     return "relu" if isinstance(act, nn.ReLU) else "silu"
 
 
-def pack(decoder: model.Decoder, dtype: torch.dtype) -> list:
+def pack(decoder: model.Decoder, dtype: torch.dtype) -> list[Layer]:
     """The layers in the order in which they run, first to last."""
-    layers: list = [Expand(decoder.project_in, dtype)]
+    layers: list[Layer] = [Expand(decoder.project_in, dtype)]
     for stage in reversed(decoder.stages):
         for block in stage:
             if isinstance(block, model.Upsample):

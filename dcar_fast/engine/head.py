@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcar_fast.engine.linear import Linear
 from dcar_fast.models.diffusion_head import Dialect, DiffusionHead
+from dcar_fast.profiling import stage
 from dcar_fast.reference.denoise_step import guide, posterior_step
 from dcar_fast.reference.diffusion import Schedule
 
@@ -62,10 +63,11 @@ class Head:
         embedded = self.cond_embed(condition.to(self.dtype))  # (R, W)
         x = latent_init
         for i, k in enumerate(reversed(range(self.schedule.num_steps))):
-            epsilon, variance, unconditional = self._network(x, F.silu(embedded + self.times[k]), kept)
-            if guided:
-                epsilon = guide(epsilon, unconditional, guidance, dialect.guidance)
-            x = posterior_step(x, epsilon, variance, latent(i), self.schedule, k, clip=dialect.clip)
+            with stage("denoise", i):
+                epsilon, variance, unconditional = self._network(x, F.silu(embedded + self.times[k]), kept)
+                if guided:
+                    epsilon = guide(epsilon, unconditional, guidance, dialect.guidance)
+                x = posterior_step(x, epsilon, variance, latent(i), self.schedule, k, clip=dialect.clip)
             if progress is not None:
                 progress(i)
         return x * dialect.scale

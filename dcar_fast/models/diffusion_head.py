@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dcar_fast.models._checks import check_tensor
+from dcar_fast.profiling import stage
 from dcar_fast.reference.denoise_step import guide, posterior_step
 from dcar_fast.reference.diffusion import FREQUENCIES, Schedule, timestep_embedding
 
@@ -143,13 +144,14 @@ def sample_rows(
             x = x.repeat(2, 1)  # the unconditional half is carried along too
         fed = x[:half].repeat(2, 1) if guided else x
         timesteps = torch.full((rows,), schedule.timesteps[k], device=x.device)
-        epsilon, variance = head(fed, timesteps, condition).float().chunk(2, dim=-1)
-        if guided:
-            epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance).repeat(2, 1)
-        kept = len(x)
-        x = posterior_step(
-            x, epsilon[:kept], variance[:kept], noise, schedule, k, temperature=temperature, clip=dialect.clip
-        )
+        with stage("denoise", i):
+            epsilon, variance = head(fed, timesteps, condition).float().chunk(2, dim=-1)
+            if guided:
+                epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance).repeat(2, 1)
+            kept = len(x)
+            x = posterior_step(
+                x, epsilon[:kept], variance[:kept], noise, schedule, k, temperature=temperature, clip=dialect.clip
+            )
         if progress is not None:
             progress(i)
     return x * dialect.scale

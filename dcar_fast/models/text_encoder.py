@@ -15,6 +15,8 @@ from dcar_fast.config import TextEncoderConfig
 
 log = logging.getLogger(__name__)
 
+TOKENISED_AT_ONCE = 1024  # prompts, when only their lengths are kept
+
 T5_FIELDS = (
     "vocab_size",
     "d_model",
@@ -31,10 +33,15 @@ T5_FIELDS = (
 
 @dataclass(frozen=True)
 class TextStates:
-    """states (B, T, Dt) and mask (B, T) bool (True = a token of the prompt); T is the batch's longest prompt."""
+    """states (B, T, Dt) and mask (B, T) bool (True = a token of the prompt); T is the batch's longest prompt.
+
+    lengths: how many True each row of the mask starts with and has, known without asking the device; None if a row has
+    a hole (a pad written inside a prompt) or nobody counted.
+    """
 
     states: Tensor
     mask: Tensor
+    lengths: tuple[int, ...] | None = None
 
 
 class TextEncoder(nn.Module):
@@ -103,11 +110,22 @@ class TextEncoder(nn.Module):
         )
         return encoded.input_ids, encoded.input_ids != self.tokenizer.pad_token_id
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt will have, the end mark included, at most ``max_length``; warns of nothing."""
+        check_prompts(prompts)
+        counts: list[int] = []
+        for start in range(0, len(prompts), TOKENISED_AT_ONCE):
+            tokens = self.tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE]), verbose=False).input_ids
+            counts += (min(len(row), self.config.max_length) for row in tokens)
+        return counts
+
     def forward(self, prompts: Sequence[str]) -> TextStates:
         """Prompts (B strings) -> TextStates on the encoder's device and in its dtype."""
         ids, mask = self.tokenize(prompts)
-        last = torch.arange(1, mask.shape[1] + 1) * mask  # a pad may also be written inside a prompt
-        longest = max(int(last.max()), 1)  # on the CPU: no synchronisation
+        counts = mask.sum(dim=1)  # all of this on the CPU: no synchronisation
+        last = (torch.arange(1, mask.shape[1] + 1) * mask).amax(dim=1)  # a pad may also be written inside a prompt
+        lengths = tuple(counts.tolist()) if torch.equal(counts, last) else None
+        longest = max(int(last.max()), 1)
         device = self.t5.shared.weight.device
         if self.config.attend_pads:
             # transformers takes "no mask" for "attend everywhere", which is what the released model relies on
@@ -115,7 +133,7 @@ class TextEncoder(nn.Module):
         else:
             ids, attended = ids[:, :longest].to(device), mask[:, :longest].to(device)
             states = self.t5(input_ids=ids, attention_mask=attended.long()).last_hidden_state
-        return TextStates(states, mask[:, :longest].to(device))
+        return TextStates(states, mask[:, :longest].to(device), lengths)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -8,6 +8,8 @@ from dcar_fast.ops.channel_norm import channel_norm
 from dcar_fast.ops.cross_attention import cross_attention
 from dcar_fast.ops.denoise_step import denoise_step
 from dcar_fast.ops.depthwise_gate import depthwise_gate
+from dcar_fast.ops.embed_tokens import embed_tokens
+from dcar_fast.ops.fused_linear import fused_linear
 from dcar_fast.ops.gelu import gelu
 from dcar_fast.ops.latent_noise import latent_noise
 from dcar_fast.ops.place_tokens import place_tokens
@@ -30,6 +32,8 @@ __all__ = [
     "depthwise_gate",
     "embed_condition",
     "embed_timesteps",
+    "embed_tokens",
+    "fused_linear",
     "gelu",
     "latent_noise",
     "modulations",

@@ -56,6 +56,16 @@ def check_same_device(first: str, one: torch.Tensor, second: str, other: torch.T
         raise ValueError(f"{second} is on {other.device}, allowed is the device of {first}, {one.device}")
 
 
+def check_moments(name: str, origin: str, moments: object, x: torch.Tensor, pieces: int) -> None:
+    """Row moments (B, N, pieces, 2) of x (B, N, .), which is called ``origin``: float32, or float64 with float64."""
+    check_tensor(name, moments, (*x.shape[:2], pieces, 2))
+    assert isinstance(moments, torch.Tensor)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if moments.dtype != wide:
+        raise ValueError(f"{name} is {moments.dtype}, allowed is {wide}")
+    check_same_device(origin, x, name, moments)
+
+
 def check_int64(name: str, value: torch.Tensor) -> None:
     if value.dtype != torch.int64:
         raise ValueError(f"{name} is {value.dtype}, allowed is torch.int64")

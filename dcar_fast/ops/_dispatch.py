@@ -77,16 +77,18 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Backend
     return _explicit(op, device, backend, origin)
 
 
-def choose_for(op: str, x: torch.Tensor, backend: str | None) -> Backend:
-    """As :func:`choose`, for ops whose kernels have no float64: "auto" takes the reference, a request for another
-    backend is refused."""
-    if x.dtype != torch.float64:
+def choose_for(
+    op: str, x: torch.Tensor, backend: str | None, without: tuple[torch.dtype, ...] = (torch.float64,)
+) -> Backend:
+    """As :func:`choose`, for ops whose kernels lack the types ``without``: for these "auto" takes the reference, a
+    request for another backend is refused."""
+    if x.dtype not in without:
         return choose(op, x.device, backend)
     if (requested() if backend is None else backend) == "auto":
         return choose(op, x.device, "reference")
     asked = choose(op, x.device, backend)
     if asked.name != "reference":
-        raise ValueError(f"backend is {asked.name!r}, which cannot run {op} on torch.float64: 'reference' can")
+        raise ValueError(f"backend is {asked.name!r}, which cannot run {op} on {x.dtype}: 'reference' can")
     return asked
 
 
@@ -122,12 +124,10 @@ def report(device: torch.device | str) -> dict[str, dict[str, Usable]]:
     return {op: judge(op, torch.device(device)) for op in sorted(_ops)}
 
 
-def launches(op: str, *arguments: Any, **keywords: Any) -> int:
-    """The kernels that Triton launches for one call of the operator ``dcar_fast::<op>`` with these arguments.
-    ValueError for an op that has no Triton implementation or promises no number."""
+def launches(op: str, *arguments: Any, **keywords: Any) -> int | None:
+    """The kernels that Triton launches for one call of the operator ``dcar_fast::<op>`` with these arguments; None for
+    an op that has no Triton implementation or promises no number."""
     declared = next((backend.launches for backend in _ops[op] if backend.name == "triton"), None)
-    if declared is None:
-        raise ValueError(f"{op} declares no number of launches")
     return declared(*arguments, **keywords) if callable(declared) else declared
 
 

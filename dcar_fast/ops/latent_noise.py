@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcar_fast.ops import _native
 from dcar_fast.ops._checks import check_int64, check_same_device, check_tensor, check_values
-from dcar_fast.ops._dispatch import Backend, choose, everywhere, register
+from dcar_fast.ops._dispatch import Backend, choose, current, everywhere, register, triton_usable
 from dcar_fast.ops._library import define
 from dcar_fast.ops._sampling import LARGEST_WORD
 from dcar_fast.reference import latent_noise as reference
@@ -39,8 +40,6 @@ def latent_noise(
 
 
 def _run(seeds: Tensor, tokens: Tensor, channels: int, step: int, initial: bool, backend: str | None) -> Tensor:
-    check_values("seeds", seeds, 2**63 - 1)
-    check_values("tokens", tokens, LARGEST_WORD)
     return choose("latent_noise", seeds.device, backend).run(seeds, tokens, channels, step, initial=initial)
 
 
@@ -55,4 +54,38 @@ _latent_noise = define(
 )
 
 
-register("latent_noise", Backend("reference", reference.latent_noise, everywhere))
+def _run_reference(seeds: Tensor, tokens: Tensor, channels: int, step: int, *, initial: bool) -> Tensor:
+    check_values("seeds", seeds, 2**63 - 1)  # the C++ kernel looks itself
+    check_values("tokens", tokens, LARGEST_WORD)
+    return reference.latent_noise(seeds, tokens, channels, step, initial=initial)
+
+
+def _run_native(seeds: Tensor, tokens: Tensor, channels: int, step: int, *, initial: bool) -> Tensor:
+    out = seeds.new_empty(seeds.shape[0], channels, dtype=torch.float32)
+    seeds, tokens = (_native.aligned(x.contiguous()) for x in (seeds, tokens))
+    _native.module().latent_noise(
+        seeds=seeds.data_ptr(),
+        tokens=tokens.data_ptr(),
+        out=out.data_ptr(),
+        rows=seeds.shape[0],
+        channels=channels,
+        step=step,
+        initial=initial,
+        num_threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _run_triton(seeds: Tensor, tokens: Tensor, channels: int, step: int, *, initial: bool) -> Tensor:
+    from dcar_fast.kernels.latent_noise import latent_noise as kernel  # triton is loaded on use only
+
+    with current(seeds.device):
+        return kernel(seeds, tokens, channels, step, initial=initial)
+
+
+register(
+    "latent_noise",
+    Backend("triton", _run_triton, triton_usable, launches=1),
+    Backend("native", _run_native, _native.cpu_usable),
+    Backend("reference", _run_reference, everywhere),
+)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcar_fast.noise import ConfidenceNoise
+from dcar_fast.ops import _native
 from dcar_fast.ops._checks import (
     check_floating,
     check_int64,
@@ -17,7 +18,7 @@ from dcar_fast.ops._checks import (
     check_tensor,
     check_values,
 )
-from dcar_fast.ops._dispatch import Backend, choose, everywhere, register
+from dcar_fast.ops._dispatch import Backend, choose, current, everywhere, register, triton_usable
 from dcar_fast.ops._library import define
 from dcar_fast.ops._sampling import LARGEST_WORD
 from dcar_fast.reference import place_tokens as reference
@@ -174,4 +175,80 @@ def _run_reference(
     )
 
 
-register("place_tokens", Backend("reference", _run_reference, everywhere))
+def _run_native(
+    ids: Tensor,
+    rows: Tensor | None,
+    sampled: Tensor,
+    confidence: Tensor,
+    num_masked: Tensor,
+    mask_id: int,
+    *,
+    tau: float,
+    noise: Tensor | ConfidenceNoise | None,
+    next_open: int,
+) -> tuple[Tensor, Tensor]:
+    counted = isinstance(noise, ConfidenceNoise)
+    uniforms = None if counted else noise
+    seeds = _native.aligned(noise.seeds.contiguous()) if counted else None
+    ids, rows, sampled, confidence, uniforms = map(_rowwise, (ids, rows, sampled, confidence, uniforms))
+    num_masked = _native.aligned(num_masked.contiguous())
+    new_ids, next_rows = ids.new_empty(ids.shape), ids.new_empty(ids.shape[0], next_open)
+    _native.module().place_tokens(
+        **_layout("ids", ids),
+        **_layout("rows", rows),
+        **_layout("chosen", sampled),
+        **_layout("confidence", confidence),
+        **_layout("uniforms", uniforms),
+        seeds=0 if seeds is None else seeds.data_ptr(),
+        step=noise.step if counted else 0,
+        num_masked=num_masked.data_ptr(),
+        mask_id=mask_id,
+        tau=tau,
+        new_ids=new_ids.data_ptr(),
+        next_rows=next_rows.data_ptr(),
+        batch=ids.shape[0],
+        tokens=ids.shape[1],
+        sampled=sampled.shape[1],
+        next_open=next_open,
+        noise="none" if noise is None else "counter" if counted else "uniforms",
+        num_threads=torch.get_num_threads(),
+    )
+    return new_ids, next_rows
+
+
+def _run_triton(
+    ids: Tensor,
+    rows: Tensor | None,
+    sampled: Tensor,
+    confidence: Tensor,
+    num_masked: Tensor,
+    mask_id: int,
+    *,
+    tau: float,
+    noise: Tensor | ConfidenceNoise | None,
+    next_open: int,
+) -> tuple[Tensor, Tensor]:
+    from dcar_fast.kernels.place_tokens import place_tokens as kernel  # triton is loaded on use only
+
+    seeds, step = (noise.seeds, noise.step) if isinstance(noise, ConfidenceNoise) else (None, 0)
+    uniforms = noise if seeds is None else None
+    drawn = {"uniforms": uniforms, "seeds": seeds, "step": step}
+    with current(ids.device):
+        return kernel(ids, rows, sampled, confidence, num_masked, mask_id, tau=tau, **drawn, next_open=next_open)
+
+
+def _rowwise(x: Tensor | None) -> Tensor | None:
+    """Copied unless the elements of a row lie side by side."""
+    return x if x is None else _native.aligned(x if x.stride(1) == 1 else x.contiguous())
+
+
+def _layout(name: str, x: Tensor | None) -> dict[str, int]:
+    return {name: 0 if x is None else x.data_ptr(), f"{name}_stride": 0 if x is None else x.stride(0)}
+
+
+register(
+    "place_tokens",
+    Backend("triton", _run_triton, triton_usable, launches=1),
+    Backend("native", _run_native, _native.cpu_usable),
+    Backend("reference", _run_reference, everywhere),
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ def relu_linear_attention(qkv: Tensor) -> Tensor:
     """
     batch, channels, height, width = qkv.shape
     heads, dtype = channels // (3 * HEAD_DIM), qkv.dtype
-    with torch.autocast(qkv.device.type, enabled=False):
+    with nullcontext() if qkv.is_meta else torch.autocast(qkv.device.type, enabled=False):  # meta has no autocast
         if dtype == torch.float16:
             qkv = qkv.float()
         q, k, v = qkv.reshape(batch, heads, 3, HEAD_DIM, height * width).unbind(2)  # each (B, heads, 32, HW)

@@ -7,20 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_fast.reference._attention import attention, attention_backward
+from dcar_fast.reference._moments import combined
 
 
 def self_attention(
-    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, *, heads: int, eps: float = 1e-5
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-5,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """softmax(LN(q) LN(k)^T / sqrt(D / heads)) v per head, for [q | k | v] = qkv.
 
     qkv (B, N, 3D), weights and biases (D,) of an affine LayerNorm over all D -> (B, N, D) in qkv's dtype. Computed in
-    float32, or in float64 if given float64.
+    float32, or in float64 if given float64. ``moments`` (B, N, 3D / 64, 2): mean and variance are taken from them.
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.to(wide).chunk(3, dim=-1)  # each (B, N, D)
-    q = F.layer_norm(q, q_weight.shape, q_weight.to(wide), q_bias.to(wide), eps)
-    k = F.layer_norm(k, k_weight.shape, k_weight.to(wide), k_bias.to(wide), eps)
+    of_q, of_k, _ = (None,) * 3 if moments is None else moments.to(wide).chunk(3, dim=2)
+    q = _layer_norm(q, q_weight.to(wide), q_bias.to(wide), eps, of_q)
+    k = _layer_norm(k, k_weight.to(wide), k_bias.to(wide), eps, of_k)
     q, k, v = (_split(x, heads) for x in (q, k, v))
     return attention(q, k, v).flatten(2).to(qkv.dtype)
 
@@ -52,6 +62,13 @@ def self_attention_backward(
         (grad_k * k).sum(dim=(0, 1)).to(k_weight.dtype),
         grad_k.sum(dim=(0, 1)).to(k_bias.dtype),
     )
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, moments: Tensor | None) -> Tensor:
+    if moments is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    mean, rstd = combined(moments, x.shape[-1], eps)
+    return (x - mean) * rstd * weight + bias
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

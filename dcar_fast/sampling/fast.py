@@ -15,9 +15,11 @@ from dcar_fast.config import SamplingConfig
 from dcar_fast.engine import buckets
 from dcar_fast.engine.base import Engine
 from dcar_fast.engine.choice import Choice
+from dcar_fast.engine.fused import FusedEngine
 from dcar_fast.engine.graph import CaptureError
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.noise import CounterNoise, Noise
+from dcar_fast.profiling import recording
 from dcar_fast.sampling._draws import DrawnDraws, Draws, SeededDraws
 from dcar_fast.sampling._fast_run import FastRun
 from dcar_fast.sampling.reference import ReferenceSampler
@@ -82,7 +84,7 @@ class FastSampler:
         """
         request = self._request(text_states, text_mask, noise, known, grid, progress)
         lengths = _lengths(text_mask) if lengths is None else _checked(lengths, request)
-        request = _cut(request, lengths)
+        request = _fit(request, lengths)
         engine = self._choice.engine(prefix=lengths is not None)
         with engine.lock:
             reason = self._no_graph(engine, request, trace)
@@ -105,14 +107,16 @@ class FastSampler:
     def warmup(
         self,
         batches: Sequence[int] = (1,),
-        lengths: Sequence[int] = (64,),
+        lengths: Sequence[int] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> list[tuple[int, int]]:
         """Packs the weights and captures the graphs of these batches and prompt lengths, the largest first.
 
-        Returns the captured buckets (images, tokens), none where there are no graphs. Kernels are compiled on the way.
+        lengths: by default prompts of up to 64 tokens. Returns the captured buckets (images, tokens), none where there
+        are no graphs. Kernels are compiled on the way.
         """
         longest = self.model.config.text_length
+        lengths = [min(64, longest)] if lengths is None else lengths
         sizes = [
             (buckets.batch_bucket(batch), buckets.length_bucket(length, longest))
             for batch in buckets.check_sizes("batches", batches, buckets.BATCHES[-1])
@@ -138,7 +142,7 @@ class FastSampler:
 
     # ---- graphs
 
-    def _no_graph(self, engine, request: Request, trace: bool) -> str | None:
+    def _no_graph(self, engine: Engine, request: Request, trace: bool) -> str | None:
         """Why this call runs without a graph; ``ValueError`` if one was insisted on."""
         if self.cuda_graph is False:
             return "cuda_graph is False"
@@ -151,6 +155,8 @@ class FastSampler:
             reason = "the number of open tokens differs from call to call"
         elif trace:
             reason = "a trace was asked for"
+        elif recording():
+            reason = "stages are being recorded, and none is seen in what a graph replays"
         if reason is not None and self.cuda_graph is True:
             raise ValueError(f"cuda_graph is True, but {reason}")
         return reason
@@ -160,7 +166,7 @@ class FastSampler:
             self._said.add(reason)
             logger.info("sampling without a CUDA graph: %s", reason)
 
-    def _graphed(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
+    def _graphed(self, engine: FusedEngine, request: Request, lengths: list[int]) -> Sample:
         """The call in pieces of a bucket each."""
         samples = [
             self._replay(engine, _part(request, images), lengths[images]) for images in buckets.parts(request.batch)
@@ -170,7 +176,7 @@ class FastSampler:
         ids, residual = (torch.cat(parts) for parts in zip(*((s.ids, s.residual) for s in samples), strict=True))
         return Sample(ids, residual)
 
-    def _replay(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
+    def _replay(self, engine: FusedEngine, request: Request, lengths: list[int]) -> Sample:
         """At most sixteen images: padded to their bucket, and cut off again."""
         batch, images = request.batch, buckets.batch_bucket(request.batch)
         length = buckets.length_bucket(max(lengths), self.model.config.text_length)
@@ -213,10 +219,15 @@ def _checked(lengths: Sequence[int], request: Request) -> list[int]:
     return list(lengths)
 
 
-def _cut(request: Request, lengths: list[int] | None) -> Request:
-    """Without the text beyond the longest prompt."""
-    longest = request.text_mask.shape[1] if lengths is None else max(1, *lengths)
+def _fit(request: Request, lengths: list[int] | None) -> Request:
+    """With the text cut behind the longest prompt, and padded to a multiple of eight: libraries keep something for
+    every shape that they meet."""
+    here = request.text_mask.shape[1]
+    longest = here if lengths is None else max(1, *lengths)
+    longest = min(-(-longest // 8) * 8, request.model.text_length)
     states, mask = request.text_states[:, :longest], request.text_mask[:, :longest]
+    if longest > here:
+        states, mask = F.pad(states, (0, 0, 0, longest - here)), F.pad(mask, (0, longest - here))
     return replace(request, text_states=states, text_mask=mask)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dcar_fast import ops
 from dcar_fast.models.diffusion_head import DiffusionHead
-from dcar_fast.noise import LatentNoise, TokenNoise
+from dcar_fast.noise import ConfidenceNoise, LatentNoise, TokenNoise
 from dcar_fast.reference.diffusion import diffusion_schedule
 
 CPU = torch.device("cpu")
@@ -37,6 +37,7 @@ def calls() -> dict[str, Callable[..., object]]:
     """Op name -> call that takes ``backend``."""
     noise = TokenNoise(torch.arange(5), torch.arange(5), 0)
     drawn = {"guidance": 3.0, "softmax_temperature": 1.1, "tau": 0.5, "noise": noise}
+    placing = {"tau": 0.5, "noise": ConfidenceNoise(torch.arange(2), 0), "next_open": 3}
     images, ids = normals(2, 64, 6, 6), torch.randint(0, 9, (2, 4))
     found = {
         "add_residual": lambda **how: ops.add_residual(
@@ -48,6 +49,11 @@ def calls() -> dict[str, Callable[..., object]]:
         ),
         "denoise_step": denoise(),
         "depthwise_gate": lambda **how: ops.depthwise_gate(images, normals(64, 1, 3, 3), normals(64), **how),
+        "gelu": lambda **how: ops.gelu(images, **how),
+        "latent_noise": lambda **how: ops.latent_noise(torch.arange(3), torch.arange(3), 5, 1, initial=False, **how),
+        "place_tokens": lambda **how: ops.place_tokens(
+            torch.full((2, 4), 9), None, ids, normals(2, 4), torch.tensor([1, 2]), 9, **placing, **how
+        ),
         "relu_linear_attention": lambda **how: ops.relu_linear_attention(normals(2, 96, 6, 6), **how),
         "remask": lambda **how: ops.remask(ids, normals(2, 4), torch.tensor([1, 2]), 9, **how),
         "sample_from_logits": lambda **how: ops.sample_from_logits(
@@ -138,6 +144,19 @@ def test_misaligned_memory_is_read_right() -> None:
     counts = torch.tensor([3, 9])
     want = ops.remask(ids, confidence, counts, 90)
     assert torch.equal(ops.remask(shifted(ids), shifted(confidence), shifted(counts), 90), want)
+    open_ids, order = torch.full((2, 15), 90), confidence.argsort(1)
+    placing = {"tau": 0.5, "next_open": 9}
+    for got, want in zip(
+        ops.place_tokens(
+            *map(shifted, (open_ids, order, ids, confidence, counts)),
+            90,
+            noise=shifted(confidence.sigmoid()),
+            **placing,
+        ),
+        ops.place_tokens(open_ids, order, ids, confidence, counts, 90, noise=confidence.sigmoid(), **placing),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
     tokens, residual = ids.view(2, 3, 5), normals(2, 15, 8)
     got = ops.add_residual(shifted(tokens), shifted(codebook), shifted(residual), dtype=torch.float32)
     assert torch.equal(got, ops.add_residual(tokens, codebook, residual, dtype=torch.float32))
@@ -149,9 +168,15 @@ def test_misaligned_memory_is_read_right() -> None:
         strict=True,
     ):
         assert torch.equal(got, want)
+    assert torch.equal(ops.gelu(shifted(z)), ops.gelu(z))
+    rows = torch.arange(30)
+    got = ops.latent_noise(shifted(rows), shifted(rows), 6, 1, initial=True)
+    assert torch.equal(got, ops.latent_noise(rows, rows, 6, 1, initial=True))
 
 
 def test_noise_objects_compare_as_themselves() -> None:
     for kind in (TokenNoise, LatentNoise):
         noise, other = (kind(torch.arange(2), torch.arange(2), 0) for _ in range(2))
         assert noise == noise and noise != other and len({noise, other}) == 2
+    noise, other = (ConfidenceNoise(torch.arange(2), 0) for _ in range(2))
+    assert noise == noise and noise != other and len({noise, other}) == 2

@@ -226,7 +226,7 @@ def test_many_rows() -> None:
 
 def test_opcheck() -> None:
     inputs = [x.requires_grad_() for x in data(5, 2, 3)]
-    torch.library.opcheck(torch.ops.dcar_fast.self_attention.default, (*inputs, 2, EPS, None))
+    torch.library.opcheck(torch.ops.dcar_fast.self_attention.default, (*inputs, 2, EPS, None, None))
 
 
 def test_compiles_as_one_graph_and_exports() -> None:

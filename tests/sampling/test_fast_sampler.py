@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
-from dcar_fast.config import SamplingConfig
+from dcar_fast.config import DCARConfig, SamplingConfig
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.noise import CounterNoise, TorchNoise
 from dcar_fast.sampling import Known, ReferenceSampler
@@ -35,6 +37,33 @@ OPTIONS = {
     "final forward": {"final_forward": True, "num_steps": 4},
     "final forward, no guidance": {"final_forward": True, "num_steps": 3, "guidance_scale": 0},
 }
+
+
+both = pytest.mark.parametrize("backend", ["native", "reference"])  # packed linears, and what runs on a GPU
+
+
+SMALL = DCARConfig(
+    codebook_size=32,
+    latent_channels=4,
+    num_tokens=9,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    mlp_hidden_size=64,
+    text_length=300,
+    text_dim=24,
+    head_width=16,
+    head_depth=1,
+    head_steps=2,
+)
+
+
+@cache
+def small() -> DCAR:
+    """For many calls."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DCAR(SMALL).eval().requires_grad_(False)
 
 
 def prompts(rows: int, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,19 +92,68 @@ def check(found, expected) -> None:
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("inpainting", [False, True])
-def test_equals_the_reference(case: str, rows: int, inpainting: bool) -> None:
+@both
+def test_equals_the_reference(case: str, rows: int, inpainting: bool, backend: str) -> None:
     config, known = SamplingConfig(**OPTIONS[case]), partly_known(rows) if inpainting else None
     inputs = (*prompts(rows), 5)
     expected = ReferenceSampler(generator(), config)(*inputs, known=known)
-    check(FastSampler(generator(), config)(*inputs, known=known), expected)
+    check(FastSampler(generator(), config, backend)(*inputs, known=known), expected)
+
+
+@both
+def test_every_number_of_steps(backend: str) -> None:
+    inputs = (*prompts(2), 3)
+    for steps in range(1, 33):
+        config = SamplingConfig(num_steps=steps)
+        check(FastSampler(small(), config, backend)(*inputs), ReferenceSampler(small(), config)(*inputs))
+
+
+@both
+def test_every_batch(backend: str) -> None:
+    config = SamplingConfig(num_steps=3)
+    for rows in range(1, 18):
+        inputs = (*prompts(rows), 3)
+        check(FastSampler(small(), config, backend)(*inputs), ReferenceSampler(small(), config)(*inputs))
+
+
+@both
+def test_prompts_of_1_to_300_tokens_in_one_batch(backend: str) -> None:
+    """Also some short enough to absorb the projections."""
+    config, made = SamplingConfig(num_steps=2), torch.Generator().manual_seed(0)
+    for lengths in ([*range(1, 301, 23), 300], [1], [15, 16, 1], [31, 32], [33], [64, 65]):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        inputs = (torch.randn(*mask.shape, 24, generator=made), mask, 1)
+        check(FastSampler(small(), config, backend)(*inputs), ReferenceSampler(small(), config)(*inputs))
+
+
+@both
+def test_a_thousand_different_calls_leave_no_memory_behind(backend: str) -> None:
+    made = torch.Generator().manual_seed(0)
+    sampler = FastSampler(copy.deepcopy(small()), SamplingConfig(num_steps=1), backend)
+
+    def call(i: int) -> None:
+        states, mask = (t[:, : 1 + i % LENGTH] for t in prompts(1 + i % 3, seed=i))
+        sampler(states, mask, i, grid=(1 + int(torch.randint(4, (1,), generator=made)), 1 + i % 4))
+
+    def living() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    for i in range(200):  # fills what is kept, whose size varies a little with what it is of
+        call(i)
+    before = living()
+    for i in range(200, 1200):
+        call(i)
+    assert living() < before + 100
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (5, 5), (1, 7), (8, 2)])
-def test_other_grids(grid: tuple[int, int]) -> None:
+@both
+def test_other_grids(grid: tuple[int, int], backend: str) -> None:
     for known in (None, Known(torch.full((2, grid[0] * grid[1]), MASK))):
         inputs = (*prompts(2), [3, 2**40])
         expected = ReferenceSampler(generator())(*inputs, known=known, grid=grid)
-        check(FastSampler(generator())(*inputs, known=known, grid=grid), expected)
+        check(FastSampler(generator(), backend=backend)(*inputs, known=known, grid=grid), expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 12])
@@ -103,6 +181,36 @@ def test_lengths_from_the_caller_are_the_masks_own() -> None:
         )
     with pytest.raises(ValueError, match="lengths must have 5 entries, one for each row of text, got 2"):
         FastSampler(generator())(states, mask, 4, lengths=[1, 2])
+    for wrong in (-1, 13, 2.0, "1"):
+        with pytest.raises(ValueError, match=r"lengths must be integers in 0\.\.12, got"):
+            FastSampler(generator())(states, mask, 4, lengths=[*lengths[:4], wrong])
+
+
+def test_masks_with_holes_are_no_business_of_the_fused_ops() -> None:
+    states, mask = prompts(2)
+    mask = mask.clone()
+    mask[0, 3] = False
+    with pytest.raises(ValueError, match="text_mask has rows whose True do not come first, which backend 'reference'"):
+        FastSampler(generator(), backend="reference")(states, mask, 4)
+    check(FastSampler(generator())(states, mask, 4), ReferenceSampler(generator())(states, mask, 4))
+
+
+def test_the_environment_chooses_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (*prompts(2), 4)
+    monkeypatch.setenv("DCAR_FAST_BACKEND", "reference")
+    check(FastSampler(generator())(*inputs), ReferenceSampler(generator())(*inputs))
+    monkeypatch.setenv("DCAR_FAST_BACKEND", "triton")
+    with pytest.raises(ValueError, match="backend is 'triton', which cannot run"):
+        FastSampler(generator())(*inputs)
+
+
+def test_a_model_without_normalised_queries() -> None:
+    torch.manual_seed(0)
+    model = DCAR(replace(generator().config, qk_norm=False)).eval()
+    inputs = (*prompts(2), 4)
+    check(FastSampler(model)(*inputs), ReferenceSampler(model)(*inputs))
+    with pytest.raises(ValueError, match="backend is 'reference', which needs qk_norm"):
+        FastSampler(model, backend="reference")
 
 
 def test_any_noise() -> None:
@@ -155,9 +263,10 @@ def other_buffer(model: DCAR) -> DCAR:
 
 
 @pytest.mark.parametrize("change", [changed_in_place, loaded, assigned, other_data, other_buffer])
-def test_packed_weights_follow_the_model(change) -> None:
+@both
+def test_packed_weights_follow_the_model(change, backend: str) -> None:
     model, inputs = copy.deepcopy(generator()), (*prompts(3), 6)
-    sampler = FastSampler(model)
+    sampler = FastSampler(model, backend=backend)
     before = sampler(*inputs)
     check(before, ReferenceSampler(model)(*inputs))
     change(model)
@@ -176,9 +285,10 @@ def test_a_model_that_is_gone_takes_its_packed_weights_along() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_of_a_float32_model(dtype: torch.dtype) -> None:
+@both
+def test_low_precision_of_a_float32_model(dtype: torch.dtype, backend: str) -> None:
     inputs = (*prompts(3), 6)
-    found = FastSampler(generator(), dtype=dtype)(*inputs)
+    found = FastSampler(generator(), backend=backend, dtype=dtype)(*inputs)
     assert found.ids.min() >= 0 and found.ids.max() < CODES and found.residual.abs().max() <= 0.107 + 1e-3
     assert generator().to_logits.weight.dtype == torch.float32
     agreement = (found.ids == ReferenceSampler(generator())(*inputs).ids).float().mean()
@@ -191,6 +301,12 @@ def test_low_precision_of_a_float32_model(dtype: torch.dtype) -> None:
         ({"model": torch.nn.Linear(2, 2)}, "model must be a DCAR, got Linear"),
         ({"config": {}}, "config must be a SamplingConfig, got dict"),
         ({"dtype": torch.int8}, "dtype must be float32, bfloat16 or float16, got torch.int8"),
+        ({"backend": "cuda"}, "backend must be one of 'auto', 'triton', 'native', 'reference', got 'cuda'"),
+        (
+            {"backend": "triton"},
+            "backend is 'triton', which cannot run fused_linear on cpu: Triton",
+        ),
+        ({"cuda_graph": 1.5}, "cuda_graph must be 'auto', True or False, got 1.5"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

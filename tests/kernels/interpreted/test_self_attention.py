@@ -27,7 +27,7 @@ def data(tokens: int, heads: int, head: int, dtype: torch.dtype = torch.float32)
 
 
 def run(inputs: tuple[Tensor, ...], heads: int, eps: float = EPS, config: Config | None = None) -> Tensor:
-    return kernels.self_attention(*inputs[:4], heads, eps, config)
+    return kernels.self_attention(*inputs[:4], heads, eps, config=config)
 
 
 def check(got: Tensor, inputs: tuple[Tensor, ...], heads: int, eps: float = EPS) -> None:
