@@ -76,7 +76,7 @@ def print_tables(results: list[dict[str, Any]], settings: Any) -> None:
     lines = []
     for r in results:
         if "unavailable" in r:
-            lines.append([r["name"], "unavailable", *[""] * 6])
+            lines.append([r["name"], "unavailable", *[""] * 7])
             continue
         lines.append(
             [
@@ -88,20 +88,15 @@ def print_tables(results: list[dict[str, Any]], settings: Any) -> None:
                 f"{base / r['median_s']:.2f}x",
                 f"{total / r['median_s'] / 1e12:.3g}",
                 mebibytes(r["peak_bytes"]),
+                duration(r["first_s"]),
             ]
         )
     print()
-    print(table(["row", "median", "p20", "p80", "images/s", "speed", "TFLOP/s", "peak memory"], lines))
-    header = ["stage", "text", f"unmask x{work.steps}", "head", "decode", "sum", "total"]
-    lines = []
+    print(table(["row", "median", "p20", "p80", "images/s", "speed", "TFLOP/s", "peak memory", "first"], lines))
+    print_stages(results, work.steps)
     for r in results:
-        if "unavailable" in r:
-            print(f"{r['name']} is unavailable: {r['unavailable']}")
-            continue
-        times = [r["stages"][s] for s in STAGES]
-        lines.append([r["name"], *map(duration, times), duration(sum(times)), duration(r["median_s"])])
-    print()
-    print(table(header, lines))
+        for remark in r["remarks"]:
+            print(f"{r['name']} remarks: {remark}")
     memory = (
         "peak memory: torch.cuda.max_memory_allocated of each row's own process during the timed runs"
         if work.device != "cpu"
@@ -109,7 +104,25 @@ def print_tables(results: list[dict[str, Any]], settings: Any) -> None:
     )
     print("\ntotal: from prompts to pixels on the device without a stop in between; stages: separate runs with stops")
     print(memory)
-    print(f"work: {total / 1e12:.4g} TFLOP per batch; speed: relative to the first row")
+    print("first: from the start of a process to the end of its first batch: imports, weights from disk, compilation")
+    print(f"work: {total / 1e12:.4g} TFLOP per batch by the reference's arithmetic; speed: relative to the first row")
+
+
+def print_stages(results: list[dict[str, Any]], steps: int) -> None:
+    """The table of the stages, and why rows are missing."""
+    header = ["stage", "text", f"unmask x{steps}", "head", "decode", "sum", "total"]
+    lines = []
+    for r in results:
+        if "unavailable" in r:
+            print(f"{r['name']} is unavailable: {r['unavailable']}")
+            continue
+        if not r["stages"]:
+            continue
+        times = [r["stages"][s] for s in STAGES]
+        lines.append([r["name"], *map(duration, times), duration(sum(times)), duration(r["median_s"])])
+    if lines:
+        print()
+        print(table(header, lines))
 
 
 def environment(device: str) -> dict[str, str | None]:
@@ -130,6 +143,13 @@ def environment(device: str) -> dict[str, str | None]:
     driver = _output(query) if device != "cpu" else None
     versions["driver"] = driver.splitlines()[0].strip() if driver else None
     return versions
+
+
+def threads(device: str) -> int | None:
+    """The threads that torch uses on a CPU."""
+    import torch
+
+    return torch.get_num_threads() if device == "cpu" else None
 
 
 def commit() -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from _report import note
+from _work import RowSpec, Workload
 
 
 class RowFailed(Exception):
@@ -14,21 +17,16 @@ class RowFailed(Exception):
 
 
 class Row:
-    """A row's process, seen from the parent, and what was measured of it."""
+    """A row, and what was measured of it. ``call`` asks its session, which somebody else runs."""
 
-    def __init__(self, spec: Any, work: Any) -> None:
-        from _session import serve
-
+    def __init__(self, spec: RowSpec) -> None:
         self.spec = spec
         self.unavailable: str | None = None
+        self.first: dict[str, float | None] = {}
         self.seconds: list[float] = []
         self.stages: list[dict[str, float]] = []
         self.peak: int | None = None
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, spec, work), daemon=True)
-        self._process.start()
-        theirs.close()
+        self.remarks: list[str] = []
 
     @property
     def name(self) -> str:
@@ -36,6 +34,26 @@ class Row:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The session's answer; ``RowFailed`` if it raised or its process died."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the session."""
+
+
+class OwnProcess(Row):
+    """The session runs in a process that is started for it."""
+
+    def __init__(self, spec: RowSpec, work: Workload, folder: str) -> None:
+        super().__init__(spec)
+        from _session import serve
+
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, spec, work, folder, time.time()), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
         try:
             self._connection.send((method, arguments))
             status, answer, *trace = self._connection.recv()
@@ -57,6 +75,26 @@ class Row:
             self._process.join()
 
 
+class SameProcess(Row):
+    """The session runs in this process, which a profiler was attached to."""
+
+    def __init__(self, spec: RowSpec, work: Workload, folder: str) -> None:
+        super().__init__(spec)
+        from _session import Session
+
+        self._session = Session(spec, work, folder)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        from _session import explain
+
+        try:
+            return getattr(self._session, method)(*arguments)
+        except Exception as error:  # as in a process of its own
+            reason, trace = explain(error, self.spec)
+            note(trace.rstrip())
+            raise RowFailed(reason) from None
+
+
 @dataclass
 class Rows:
     """The rows of one benchmark; those that fail on the way drop out of ``able`` but stay in the results."""
@@ -67,12 +105,10 @@ class Rows:
     def able(self) -> list[Row]:
         return [row for row in self.all if row.unavailable is None]
 
-    def call(self, method: str, *arguments: Any, skip: Any = None) -> dict[Row, Any]:
-        """The answers of all able rows but that of spec ``skip``, asked one after the other."""
+    def call(self, method: str, *arguments: Any, among: Sequence[Row] | None = None) -> dict[Row, Any]:
+        """The answers of the able rows, or of those ``among`` them, asked one after the other."""
         answers = {}
-        for row in self.able:
-            if row.spec == skip:
-                continue
+        for row in self.able if among is None else [row for row in self.able if row in among]:
             try:
                 answers[row] = row.call(method, *arguments)
             except RowFailed as reason:

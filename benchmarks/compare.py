@@ -48,6 +48,12 @@ def load(path: Path) -> dict[str, Any]:
             result = json.loads(lines[-1])
         except json.JSONDecodeError as error:
             raise Failure(f"{path}: its last line is no JSON ({error.msg} at column {error.colno})") from None
+    check_result(path, result)
+    return result
+
+
+def check_result(path: Path, result: Any) -> None:
+    """``Failure`` if what was read from ``path`` is no result of latency.py or throughput.py."""
     if not isinstance(result, dict):
         raise Failure(f"{path} holds a {type(result).__name__}, not a benchmark result")
     for key, kind in KEYS.items():
@@ -62,7 +68,6 @@ def load(path: Path) -> dict[str, Any]:
     names = [row["name"] for row in result["rows"]]
     if len(set(names)) != len(names):
         raise Failure(f"{path} is no benchmark result: a row is named twice in {names}")
-    return result
 
 
 def check_row(row: Any) -> str | None:

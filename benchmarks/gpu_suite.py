@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_suite.py --out DIR [--parts build tests kernels ...] [--minutes 9] [--quick]
 
-Parts: build, ceilings, warmup, tests, kernels, latency, throughput, sanitizer, profile; resources and tune when asked
-for. Each is one or several commands with a time limit of their own. A part that cannot run here says why, one that no
-longer fits into the time is skipped, and the rest goes on. DIR gets at most eight files, written after every step:
-summary.md and summary.json, environment.json, kernels.json, logs.txt, and resources.json, profile.txt, tuned.json of
-the parts that make them. The exit status is 1 if something failed, 130 if the suite was stopped.
+Parts: build, ceilings, warmup, latency, throughput, graphs, tests, precision, profile, kernels, baselines, sanitizer;
+resources and tune when asked for. Each is one or several commands with a time limit of their own. A part that cannot
+run here says why, one that no longer fits into the time is skipped, and the rest goes on. DIR gets at most eight files,
+written after every step: summary.md and summary.json, environment.json, kernels.json, logs.txt, and resources.json,
+profile.txt, tuned.json of the parts that make them. The exit status is 1 if something failed, 130 if the suite was
+stopped.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any, NoReturn
 from _arguments import Parser
 from _report import ROOT
 from _suite import judge, parts, report
-from _suite.parts import PYTHON, Plan, Step
 from _suite.process import run
+from _suite.steps import PYTHON, Plan, Step
 
 PATH = [str(ROOT / "benchmarks"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(PATH), "PYTHONUNBUFFERED": "1"}

@@ -104,6 +104,23 @@ def profile(done: Done) -> Outcome:
     )
 
 
+def trace(done: Done) -> Outcome:
+    """What latency.py --profile prints between its name for the trace and the table of the rows."""
+    found = re.search(r"^(\S+, one run as timed .*?)^row +median", done.output, re.MULTILINE | re.DOTALL)
+    if done.code != 0 or not found:
+        return Outcome("failed", why(done))
+    return Outcome("ok", "PyTorch's profiler over a run", {"text": found[1]})
+
+
+def nsys(done: Done) -> Outcome:
+    """The summaries that ``nsys stats`` prints; kernels must be among them."""
+    start = done.output.find(" ** ")  # the title of the first summary
+    text = done.output[start:] if start >= 0 else ""
+    if done.code != 0 or "CUDA GPU Kernel Summary" not in text:
+        return Outcome("failed", f"no summary of kernels: {why(done)}")
+    return Outcome("ok", "Nsight Systems over the timed runs", {"text": text})
+
+
 def ncu(done: Done) -> Outcome:
     """Nsight Compute's table: a line per launch."""
     lines = done.output.splitlines()

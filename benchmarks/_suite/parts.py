@@ -1,26 +1,18 @@
-"""What the suite runs: each part is one or several steps, and a step is one command and a judgement on its output."""
+"""The parts of the suite, each one or several steps."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
-
 from _report import ROOT
 
-from _suite import judge
-from _suite.process import Done
+from _suite import images, judge, profiles, tests
+from _suite.steps import PYTHON, Plan, Step, gpu_needed
 
-PYTHON = sys.executable
 KERNELS = ROOT / "benchmarks" / "kernels"
 NO_BENCHMARKS = {"cpu", "overhead", "resources"}  # modules of that folder that are no op's
-GPU_PARTS = ("build", "ceilings", "warmup", "tests", "kernels", "latency", "throughput", "sanitizer", "profile")
-CPU_PARTS = ("build", "ceilings", "kernels", "overhead", "latency", "throughput", "resources")
+# In the order of what is missed most if the time does not suffice.
+GPU_PARTS = ("build", "ceilings", "warmup", "latency", "throughput", "graphs", "tests", "precision", "profile")
+GPU_PARTS += ("kernels", "baselines", "sanitizer")
+CPU_PARTS = ("build", "ceilings", "latency", "throughput", "precision", "kernels", "overhead", "resources")
 PARTS = (*GPU_PARTS, "overhead", "resources", "tune")
 
 # Sizes at which a kernel benchmark takes seconds on a CPU; the ones that are not named here run at their own.
@@ -30,6 +22,7 @@ FULL = {
     "channel_norm": (BF16,),
     "denoise_step": ((), ("--rows", "8192", "--no-compile")),
     "depthwise_gate": (BF16,),
+    "gelu": (BF16,),
     "relu_linear_attention": (BF16,),
     "sample_from_logits": (BF16,),
     "sample_tokens": (BF16, (*BF16, "--rows", "4096", "--no-compile")),
@@ -42,6 +35,9 @@ SMALL = {
     "cross_attention": ("--batch", "1", "--queries", "64", "--keys", "70", "--heads", "2", "--rounds", "3"),
     "denoise_step": ("--rows", "16", "--width", "128", "--depth", "2", "--rounds", "3", "--no-compile"),
     "depthwise_gate": DECODER,
+    "gelu": ("--rows", "128", "--rounds", "3", "--no-compile"),
+    "latent_noise": ("--rounds", "5", "--no-compile"),
+    "place_tokens": ("--rounds", "5", "--no-compile"),
     "relu_linear_attention": DECODER,
     "remask": ("--rounds", "5", "--no-compile"),
     "sample_from_logits": ("--rows", "8", "--codes", "512", "--rounds", "3", "--no-compile"),
@@ -52,50 +48,22 @@ SMALL = {
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command. ``limit``: its seconds at most; ``least``: what must be left of the suite's time to begin it;
-    ``missing``: why it cannot run here."""
-
-    name: str
-    part: str
-    command: tuple[str, ...]
-    judge: Callable[[Done], judge.Outcome]
-    limit: float
-    least: float = 10
-    environment: Mapping[str, str] = field(default_factory=dict)
-    missing: str | None = None
-
-
-class Plan(NamedTuple):
-    """What the steps depend on. ``tools``: paths by name, from the environment part."""
-
-    device: str
-    quick: bool
-    out: Path
-    scratch: Path
-    tools: Mapping[str, str | None]
-    no_gpu: str | None
-    ops: tuple[str, ...] = ()
-
-    @property
-    def small(self) -> bool:
-        return self.quick or self.device == "cpu"
-
-
 def steps(parts: tuple[str, ...], plan: Plan) -> list[Step]:
     """The steps of ``parts``, in their order; on a CPU those that need a GPU say so."""
     makers = {
         "build": build,
         "ceilings": ceilings,
         "warmup": warmup,
-        "tests": tests,
+        "latency": images.latency,
+        "throughput": images.throughput,
+        "graphs": tests.graphs,
+        "tests": tests.tests,
+        "precision": images.precision,
+        "profile": profiles.profile,
         "kernels": kernels,
-        "overhead": overhead,
-        "latency": latency,
-        "throughput": throughput,
+        "baselines": images.baselines,
         "sanitizer": sanitizer,
-        "profile": profile,
+        "overhead": overhead,
         "resources": resources,
         "tune": tune,
     }
@@ -103,10 +71,6 @@ def steps(parts: tuple[str, ...], plan: Plan) -> list[Step]:
 
 
 # The parts
-
-
-def gpu_needed(plan: Plan) -> str | None:
-    return f"needs a GPU: {plan.no_gpu}" if plan.device == "cpu" else None
 
 
 def build(plan: Plan) -> list[Step]:
@@ -127,25 +91,6 @@ def warmup(plan: Plan) -> list[Step]:
     code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda')"
     command, missing = (PYTHON, "-c", code), gpu_needed(plan)
     return [Step("warmup", "warmup", command, judge.warmup, limit=150, least=30, missing=missing)]
-
-
-def tests(plan: Plan) -> list[Step]:
-    """The tests that need a GPU, in several processes where pytest-xdist is installed: compiling takes the time. Files
-    without such tests may need packages that a GPU machine lacks, so they are not even collected."""
-    report = plan.scratch / "junit.xml"
-    command = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]
-    command += [str(path.relative_to(ROOT)) for path in gpu_tests()]
-    judgement, missing = partial(judge.tests, report=report), gpu_needed(plan)
-    return [Step("tests", "tests", tuple(command), judgement, limit=180, least=40, missing=missing)]
-
-
-def gpu_tests() -> list[Path]:
-    """The test files that mark a test for the GPU."""
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in found if "@pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def kernels(plan: Plan) -> list[Step]:
@@ -170,25 +115,6 @@ def overhead(plan: Plan) -> list[Step]:
     return [Step("overhead", "overhead", (PYTHON, "benchmarks/kernels/overhead.py", *few), judge.last_json, limit=60)]
 
 
-def generation(plan: Plan, name: str, batch: int) -> Step:
-    """latency.py or throughput.py, with as few runs as give a median."""
-    rows = ["--rows", "eager-bfloat16", "--bs", str(batch)]
-    if plan.small:
-        work = ["--preset", "shapes", "--steps", "2", "--warmup", "0", "--repeats", "2"]
-    else:
-        work = ["--preset", "dc-ar-512", "--warmup", "1", "--repeats", "3"]
-    command = (PYTHON, f"benchmarks/{name}.py", "--device", plan.device, *work, *rows)
-    return Step(name, name, command, judge.last_json, limit=120, least=40)
-
-
-def latency(plan: Plan) -> list[Step]:
-    return [generation(plan, "latency", 1)]
-
-
-def throughput(plan: Plan) -> list[Step]:
-    return [generation(plan, "throughput", 4 if plan.small else 16)]
-
-
 def sanitizer(plan: Plan) -> list[Step]:
     """Out-of-bounds accesses and races, in a few kernel tests of every op: instrumented code is many times slower."""
     path = plan.tools.get("compute-sanitizer")
@@ -203,30 +129,6 @@ def sanitizer(plan: Plan) -> list[Step]:
         name = f"sanitizer {tool}"
         made.append(Step(name, "sanitizer", command, judge.sanitizer, 100, 30, environment, missing))
     return made
-
-
-def profile(plan: Plan) -> list[Step]:
-    """Nsight Compute over one launch of every kernel's cases; where it is missing, PyTorch's profiler."""
-    missing = gpu_needed(plan)
-    ncu = plan.tools.get("ncu")
-    if not ncu:
-        command = (PYTHON, "-m", "_suite.profile")
-        return [Step("profile", "profile", command, judge.profile, limit=90, least=30, missing=missing)]
-    code = "from dcar_fast.tuning import run_warmup; run_warmup('cuda', jobs=1)"
-    ours = f"regex:^({'|'.join(triton_kernels())})$"
-    options = f"--target-processes all --clock-control none --csv --page raw --metrics {','.join(judge.METRICS)}"
-    command = (ncu, *options.split(), "--kernel-name", ours, PYTHON, "-c", code)
-    return [Step("profile", "profile", command, judge.ncu, limit=120, least=40, missing=missing)]
-
-
-def triton_kernels() -> list[str]:
-    """The names of the functions in kernels/ that are compiled, which are the names of the kernels on the GPU."""
-    names = []
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
-                names.append(node.name)
-    return names
 
 
 def resources(plan: Plan) -> list[Step]:

@@ -12,6 +12,7 @@ from _suite.process import shorten
 
 MOST = 15 << 20  # bytes of a file
 OURS = ("cuda", "triton", "native")
+IMAGES = ("latency", "throughput", "baselines")  # parts
 RATES = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s", "tflop_per_s": "TFLOP/s"}
 
 NAMES = ("summary.json", "summary.md", "environment.json", "kernels.json", "logs.txt")
@@ -39,8 +40,9 @@ def write(out: Path, suite: Record, records: list[Record], logs: dict[str, str])
         "kernels.json": dump(kernels),
         "logs.txt": "\n".join(f"===== {name}\n{text}" for name, text in logs.items()),
     }
-    if "profile" in results:
-        texts["profile.txt"] = results["profile"]["text"]
+    profiles = [(r["name"], r["result"]["text"]) for r in records if r["part"] == "profile" and r["result"]]
+    if profiles:
+        texts["profile.txt"] = "\n".join(f"===== {name}\n{text}" for name, text in profiles)
     for name, text in texts.items():
         replace(out / name, shorten(text, MOST // 4))  # a character is at most four bytes
 
@@ -82,10 +84,13 @@ def markdown(suite: Record, records: list[Record]) -> str:
         levels = list(next(iter(calls["results"].values())))
         rows = [(op, *(f"{times[level]:.1f}" for level in levels)) for op, times in calls["results"].items()]
         lines += ["## Microseconds of a call", "", *grid(("op", *levels), rows), ""]
-    runs = [row for name in ("latency", "throughput") for row in generation_rows(name, by_name.get(name))]
+    runs = [row for r in records if r["part"] in IMAGES for row in generation_rows(r["result"])]
     if runs:
-        lines += ["## Images", "", *grid(("benchmark", "row", "a batch", "images/s"), runs), ""]
-    failures = (by_name.get("tests") or {}).get("failures", [])
+        lines += ["## Images", "", *grid(("benchmark", "row", "a batch", "images/s", "first batch"), runs), ""]
+    if by_name.get("precision"):
+        header = ("row", "ids by step, mean", "in a free run", "residual, relative", "PSNR of the free run")
+        lines += ["## Precision", "", *grid(header, precision_rows(by_name["precision"])), ""]
+    failures = [f for name in ("graphs", "tests") for f in (by_name.get(name) or {}).get("failures", [])]
     if failures:
         lines += ["## Tests that failed", "", *(f"- `{f['test']}`: {f['message']}" for f in failures), ""]
     return "\n".join(lines)
@@ -139,12 +144,29 @@ def share_of_ceiling(key: str, value: float, found: Record, ceilings: Record | N
     return tflops / ceiling["median"] if ceiling else None
 
 
-def generation_rows(name: str, found: Record | None) -> list[tuple[str, ...]]:
+def generation_rows(found: Record | None) -> list[tuple[str, ...]]:
     if not found:
         return []
-    what = f"{name}, {found['preset']}, batch {found['batch']}"
-    return [
-        (what, row["name"], f"{1e3 * row['median_s']:.4g} ms", f"{row['images_per_s']:.3g}")
-        for row in found["rows"]
-        if row["median_s"]
-    ]
+    what = f"{found['benchmark']}, {found['preset']}, batch {found['batch']}"
+    rows = []
+    for row in found["rows"]:
+        if row["median_s"]:
+            first = row.get("first_s")
+            cells = f"{1e3 * row['median_s']:.4g} ms", f"{row['images_per_s']:.3g}", f"{first:.3g} s" if first else "-"
+            rows.append((what, row["name"], *cells))
+        else:
+            rows.append((what, row["name"], f"unavailable: {row.get('unavailable')}".replace("|", "/"), "-", "-"))
+    return rows
+
+
+def precision_rows(found: Record) -> list[tuple[str, ...]]:
+    """What precision.py found, and what was refused."""
+    rows = []
+    for row in found["rows"]:
+        if "refused" in row:
+            rows.append((row["name"], f"refused: {row['refused']}".replace("|", "/"), "-", "-", "-"))
+            continue
+        steps, quality = row["step_agreement"], row["psnr_free"]
+        shares = f"{sum(steps) / len(steps):.2%}", f"{row['free_agreement']:.2%}", f"{row['residual']['relative']:.2e}"
+        rows.append((row["name"], *shares, "equal" if quality is None else f"{quality:.1f} dB"))
+    return rows
