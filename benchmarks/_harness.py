@@ -162,8 +162,6 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     finally:
         for row in rows.all:
             row.close()
-    print(runs)
-    print_tables(results, settings)
     line = json.dumps(
         {
             "benchmark": settings.benchmark,
@@ -183,6 +181,8 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     )
     if settings.json is not None:
         write_atomically(settings.json, lambda path: path.write_text(line + "\n"))
+    print(runs)
+    print_tables(results, settings)
     print()
     print(line)
     return 0

@@ -54,8 +54,8 @@ class ParityProbe:
         the first denoising steps blow single roundings up. "step_agreement": the share of ids that agree when both
         sample from the reference's ids of each step, "unexplained_ids": how many of the others are no near ties.
 
-        Then the first steps run freely: the share of equal ids ("agreement") and the residuals' largest difference
-        where all ids agree, else None ("residual"). And, where the reference did, the whole run: "whole_agreement" and
+        Then the first steps run freely: the share of equal ids ("agreement") and the residuals' error where all ids
+        agree, else None ("residual"). And, where the reference did, the whole run: "whole_agreement" and
         "psnr" of its pixels, else None.
         """
         reference = torch.load(Path(folder) / "reference.pt", weights_only=True)
@@ -70,7 +70,7 @@ class ParityProbe:
         equal, unexplained = self._compare_ids(reference["results"]["logits"], results["logits"])
         sample = self.pipeline.generate(self._text(), self.seeds, self.sampling, self.grid)
         same = sample.ids.cpu() == reference["ids"]
-        residual = _largest(sample.residual.cpu() - reference["residual"]) if bool(same.all()) else None
+        residual = _rms(sample.residual.cpu() - reference["residual"]) if bool(same.all()) else None
         report = {"errors": errors, "scales": scales, "step_agreement": equal, "unexplained_ids": unexplained}
         report |= {"agreement": same.double().mean().item(), "residual": residual}
         report |= {"whole_agreement": None, "psnr": None}

@@ -41,9 +41,10 @@ void run(uintptr_t ids, int64_t ids_stride, uintptr_t rows, int64_t rows_stride,
   task.rows = rows_of<int64_t>("rows", rows, rows_stride, 0);
   task.chosen = rows_of<int64_t>("chosen", chosen, chosen_stride, given);
   task.confidence = rows_of<float>("confidence", confidence, confidence_stride, given);
-  task.uniforms = rows_of<float>("uniforms", uniforms, uniforms_stride, task.noise == PlaceTokens::kUniforms ? size : 0);
-  task.num_masked = array<const int64_t>("num_masked", num_masked, task.noise != PlaceTokens::kNone ? batch : 0);
-  task.seeds = array<const int64_t>("seeds", seeds, task.noise == PlaceTokens::kCounter ? batch : 0);
+  const bool counted = task.noise == PlaceTokens::kCounter, recorded = task.noise == PlaceTokens::kUniforms;
+  task.uniforms = rows_of<float>("uniforms", uniforms, uniforms_stride, recorded ? size : 0);
+  task.num_masked = array<const int64_t>("num_masked", num_masked, counted || recorded ? batch : 0);
+  task.seeds = array<const int64_t>("seeds", seeds, counted ? batch : 0);
   task.step = static_cast<uint32_t>(step);
   task.mask_id = mask_id;
   task.tau = static_cast<float>(tau);

@@ -1,8 +1,8 @@
 // Philox and Box-Muller for a block of counters: plain loops that compilers turn into vector code, compiled once per
 // instruction set.
 //
-// Included by latent_noise_<isa>.cpp only. Everything is in an unnamed namespace and no standard header with inline code
-// is included: a function compiled for AVX-512 must never be the copy that the linker keeps for everyone.
+// Included by latent_noise_<isa>.cpp only. Everything is in an unnamed namespace and no standard header with inline
+// code is included: a function compiled for AVX-512 must never be the copy that the linker keeps for everyone.
 #pragma once
 
 #include "latent_block.h"
@@ -35,7 +35,8 @@ inline float log_normal_number(float x) {
   p = p * t - 0.2500781890445426f;
   p = p * t + 0.3333319813858927f;
   p = p * t - 0.4999993607865066f;
-  return static_cast<float>(static_cast<int32_t>(exponent)) * 8.262958294867817e-08f + (p * (t * t) + t);  // ln 2 / 2^23
+  const float octaves = static_cast<float>(static_cast<int32_t>(exponent));  // times 2^23
+  return octaves * 8.262958294867817e-08f + (p * (t * t) + t);                // ln 2 / 2^23
 }
 
 struct Pair {
@@ -54,7 +55,7 @@ inline Pair box_muller(float u, float v) {
       (((z * -0.0046021769964794184f + 0.07968022806708416f) * z - 0.645963478641695f) * z + 1.5707963219668037f) * f;
   const float cosine =
       (((z * 0.0009036317f - 0.0208600713f) * z + 0.2536692039f) * z - 1.2337005406f) * z + 1.0f;
-  // Odd quarters swap the two. Bit 1 becomes the sign: the cosine is negative in quarters 1 and 2, the sine in 2 and 3.
+  // Odd quarters swap the two. Bit 1 becomes the sign: the cosine is negative in quarters 1 and 2, the sine in 2, 3.
   const uint32_t swap = (bits_of_float(sine) ^ bits_of_float(cosine)) & -(quarter & 1u);
   const uint32_t first = bits_of_float(cosine) ^ swap ^ ((quarter + 1u) & 2u) << 30;
   const uint32_t second = bits_of_float(sine) ^ swap ^ (quarter & 2u) << 30;

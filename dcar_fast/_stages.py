@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcar_fast._inputs import check_device
 from dcar_fast.config import PipelineConfig, SamplingConfig
+from dcar_fast.engine import captured
 from dcar_fast.engine.decoder import FastDecoder
 from dcar_fast.images import MAX_SIDE, tensor_to_pixels
 from dcar_fast.models.dcar import DCAR
@@ -92,7 +93,9 @@ class Stages:
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """B prompts -> TextStates, cut to the longest of them."""
         with stage("text"):
-            return self.text_encoder(prompts)
+            if self.engine == "reference":
+                return self.text_encoder(prompts)
+            return captured.encode_text(self.text_encoder, prompts)
 
     def generate(
         self,
@@ -113,8 +116,10 @@ class Stages:
     def decode(self, sample: Sample, grid: tuple[int, int]) -> Tensor:
         """(B, H, W, 3) uint8 pixels on the device, from the codes plus the residuals."""
         with stage("decode"):
-            images = self._decoder().decode_tokens(sample.ids.unflatten(1, tuple(grid)), sample.residual)
-            return tensor_to_pixels(images)
+            ids = sample.ids.unflatten(1, tuple(grid))
+            if self.engine == "reference":
+                return tensor_to_pixels(self.tokenizer.decode_tokens(ids, sample.residual))
+            return tensor_to_pixels(captured.decode_tokens(self.tokenizer, ids, sample.residual))
 
     def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels (None: the model's own square) -> (h, w) tokens; ``ValueError`` for other than multiples."""

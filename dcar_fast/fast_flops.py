@@ -1,7 +1,7 @@
 """FLOPs and bytes of the fast sampler on fused ops, stage by stage: ``flops.generation`` without what it leaves out.
 
 Steady state: what is kept between calls (the null text, the first unconditional pass) is there already. A prompt that
-absorbs the cross-attention's projections counts as padded, see ``engine/fused_text.py``; graphs pad to buckets, further.
+absorbs the cross-attention's projections counts as padded, see ``engine/fused_text.py``; graphs pad further.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ APPLICATIONS = {
     "cli",
     "doctor",
     "evaluation",
+    "fast_flops",
     "flops",
     "images",
     "integrations",

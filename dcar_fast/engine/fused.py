@@ -18,7 +18,7 @@ from torch import Tensor
 from dcar_fast.engine.base import Engine, layer_norm, take
 from dcar_fast.engine.fused_head import FusedHead
 from dcar_fast.engine.fused_text import NullTexts, TextReader, Texts
-from dcar_fast.engine.graph import CudaRecorder, Graphs
+from dcar_fast.engine.graph import Graphs, cuda_recorder
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.models.transformer import Block
@@ -160,7 +160,7 @@ class FusedEngine(Engine):
     @cached_property
     def graphs(self) -> Graphs:
         """The captured calls of all samplers on these weights; on a GPU only."""
-        return Graphs(CudaRecorder(self.embedding.device))
+        return Graphs(cuda_recorder(self.embedding.device))
 
     def constants(self, grid: tuple[int, int], length: int) -> tuple:
         """What a graph reads beside its inputs and the weights, and must keep alive."""

@@ -1,7 +1,7 @@
 """CUDA graphs of whole functions: captured once per key, replayed with new inputs.
 
 A captured function reads its inputs from buffers that belong to the graph and leaves its results in memory that the
-next replay overwrites, so both are copied. All graphs of one :class:`Graphs` share a memory pool: one runs at a time.
+next replay overwrites, so both are copied. All graphs of a GPU share one memory pool, so one runs at a time.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+from dcar_fast.engine import buckets
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +42,31 @@ class CaptureError(RuntimeError):
     """A function cannot be captured; the reason is in the message."""
 
 
-class CudaRecorder:
+class Recorder(ABC):
+    """What records and replays; all :class:`Graphs` of one recorder take turns and share its memory."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.users: WeakSet[Graphs] = WeakSet()
+
+    @abstractmethod
+    def record(self, function: Function, inputs: dict[str, Tensor]) -> Captured:
+        """``function`` captured with these buffers."""
+
+    @abstractmethod
+    def replay(self, captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Results for other values of the inputs, which belong to the caller."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Gives what dropped graphs held back to the device."""
+
+
+class CudaRecorder(Recorder):
     """Captures with ``torch.cuda.CUDAGraph``, everything on one device and from one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.done: torch.cuda.Event | None = None
@@ -71,7 +97,6 @@ class CudaRecorder:
         return outputs
 
     def free(self) -> None:
-        """Gives what dropped graphs held back to the GPU."""
         gc.collect()
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
@@ -79,16 +104,22 @@ class CudaRecorder:
         self.pool, self.done = torch.cuda.graph_pool_handle(), None
 
 
+@cache
+def cuda_recorder(device: torch.device) -> CudaRecorder:
+    """The one recorder of a GPU."""
+    return CudaRecorder(device)
+
+
 class Graphs:
     """Graphs by key, at most ``limit`` of them: the one that was not used for the longest time goes first.
 
-    ``recorder``: a :class:`CudaRecorder`. Calls from several threads take turns.
+    Calls from several threads take turns.
     """
 
-    def __init__(self, recorder: CudaRecorder, limit: int = LIMIT) -> None:
+    def __init__(self, recorder: Recorder, limit: int = LIMIT) -> None:
         self.recorder, self.limit = recorder, limit
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._lock = threading.RLock()
+        recorder.users.add(self)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._captured
@@ -103,10 +134,11 @@ class Graphs:
         beside the values of the inputs, their shapes included. The results belong to the caller. kept: tensors that
         ``function`` reads and that somebody else might let go.
 
-        Where memory runs out, all graphs are dropped and the capture is tried once more; ``torch.OutOfMemoryError`` if
-        that fails too, with everything freed. ``CaptureError`` if the function does what a graph cannot hold.
+        Where memory runs out, all graphs of the recorder are dropped and the capture is tried once more;
+        ``torch.OutOfMemoryError`` if that fails too, with everything freed. ``CaptureError`` if the function does what
+        a graph cannot hold.
         """
-        with self._lock:
+        with self.recorder.lock:
             captured = self._captured.get(key)
             if captured is None:
                 captured = self._capture(key, function, inputs)
@@ -116,7 +148,7 @@ class Graphs:
 
     def clear(self) -> None:
         """Drops all graphs and frees their memory."""
-        with self._lock:
+        with self.recorder.lock:
             self._captured.clear()
             self.recorder.free()
 
@@ -125,9 +157,12 @@ class Graphs:
             oldest, _ = self._captured.popitem(last=False)
             logger.info("the graph of %s makes room", oldest)
         captured, shortage = self._try(function, inputs)
-        if captured is None and self._captured:
-            logger.warning("no memory to capture %s beside %d other graphs: they are dropped", key, len(self))
-            self.clear()
+        others = sum(len(user) for user in self.recorder.users)
+        if captured is None and others:
+            logger.warning("no memory to capture %s beside %d other graphs: they are dropped", key, others)
+            for user in self.recorder.users:
+                user._captured.clear()
+            self.recorder.free()
             captured, shortage = self._try(function, inputs)
         if captured is None:
             self.recorder.free()
@@ -146,6 +181,37 @@ class Graphs:
             if not isinstance(shortage, torch.OutOfMemoryError):
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
             return None, str(shortage)
+
+
+class GraphedFunction:
+    """A function of tensors whose first axis is the batch: captured per bucket of it, in pieces of at most sixteen.
+
+    What cannot be captured runs as it is, and the log says why once; ``torch.OutOfMemoryError`` comes through.
+    """
+
+    def __init__(self, name: str, function: Function, device: torch.device) -> None:
+        self.name, self.function = name, function
+        self.graphs = Graphs(cuda_recorder(device))
+        self.failed: str | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """``function(inputs)``; the values of rows do not depend on each other."""
+        if self.failed is None:
+            try:
+                batch = len(next(iter(inputs.values())))
+                found = [self._part({name: x[rows] for name, x in inputs.items()}) for rows in buckets.parts(batch)]
+                return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+            except CaptureError as error:
+                self.failed = str(error)
+                logger.warning("%s runs without a CUDA graph: capturing failed (%s)", self.name, error)
+        return self.function(inputs)
+
+    def _part(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        batch = len(next(iter(inputs.values())))
+        more = buckets.batch_bucket(batch) - batch
+        padded = {name: torch.cat((x, x[:1].expand(more, *x.shape[1:]))) if more else x for name, x in inputs.items()}
+        key = tuple((name, x.shape, x.dtype) for name, x in padded.items())
+        return tuple(value[:batch] for value in self.graphs.run(key, self.function, padded))
 
 
 def run(captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,21 +119,51 @@ class TextEncoder(nn.Module):
             counts += (min(len(row), self.config.max_length) for row in tokens)
         return counts
 
-    def forward(self, prompts: Sequence[str]) -> TextStates:
-        """Prompts (B strings) -> TextStates on the encoder's device and in its dtype."""
+    def prepare(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+        """ids (B, L) int64 and mask (B, L) bool on the CPU as :meth:`encode` takes them, and the lengths of TextStates.
+
+        L is ``max_length`` where pads are attended, else the longest prompt.
+        """
         ids, mask = self.tokenize(prompts)
-        counts = mask.sum(dim=1)  # all of this on the CPU: no synchronisation
+        counts = mask.sum(dim=1)
         last = (torch.arange(1, mask.shape[1] + 1) * mask).amax(dim=1)  # a pad may also be written inside a prompt
         lengths = tuple(counts.tolist()) if torch.equal(counts, last) else None
-        longest = max(int(last.max()), 1)
-        device = self.t5.shared.weight.device
         if self.config.attend_pads:
-            # transformers takes "no mask" for "attend everywhere", which is what the released model relies on
-            states = self.t5(input_ids=ids.to(device)).last_hidden_state[:, :longest]
-        else:
-            ids, attended = ids[:, :longest].to(device), mask[:, :longest].to(device)
-            states = self.t5(input_ids=ids, attention_mask=attended.long()).last_hidden_state
-        return TextStates(states, mask[:, :longest].to(device), lengths)
+            return ids, mask, lengths
+        longest = max(int(last.max()), 1)
+        return ids[:, :longest], mask[:, :longest], lengths
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, L) int64 and mask (B, L) bool -> states (B, L, Dt)."""
+        # transformers takes "no mask" for "attend everywhere", which is what the released model relies on
+        attended = None if self.config.attend_pads else mask.long()
+        return self.t5(input_ids=ids, attention_mask=attended).last_hidden_state
+
+    def forward(self, prompts: Sequence[str]) -> TextStates:
+        """Prompts (B strings) -> TextStates on the encoder's device and in its dtype, without waiting for it."""
+        ids, mask, lengths = self.prepare(prompts)
+        return text_states(*(upload(t, self.device) for t in (ids, mask)), lengths, mask, self.encode)
+
+    @property
+    def device(self) -> torch.device:
+        return self.t5.shared.weight.device
+
+
+def text_states(
+    ids: Tensor,
+    mask: Tensor,
+    lengths: tuple[int, ...] | None,
+    mask_here: Tensor,
+    encode: Callable[[Tensor, Tensor], Tensor],
+) -> TextStates:
+    """What ``encode`` makes of ids and mask (B, L), cut to the longest prompt; ``mask_here`` is the mask on the CPU."""
+    longest = max(1, int((torch.arange(1, mask_here.shape[1] + 1) * mask_here).max()))
+    return TextStates(encode(ids, mask)[:, :longest], mask[:, :longest], lengths)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from dcar_fast.engine import buckets
-from dcar_fast.engine.graph import Captured, CaptureError, CudaRecorder, Graphs, run
+from dcar_fast.engine.graph import Captured, CaptureError, CudaRecorder, GraphedFunction, Graphs, run
+from dcar_fast.engine.graph import Recorder as Base
 
 
-class Recorder:
+class Recorder(Base):
     """Stands in for CUDA graphs: a replay calls the function on the buffers and leaves its results where they were."""
 
     def __init__(self, shortages: int = 0) -> None:
+        super().__init__()
         self.recorded = self.freed = 0
         self.shortages = shortages
 
@@ -75,6 +77,53 @@ def test_no_memory_beside_others_drops_them_and_tries_again() -> None:
     recorder.shortages = 1
     assert torch.equal(graphs.run("b", double, {"x": torch.ones(2)})[0], torch.full((2,), 2.0))
     assert "a" not in graphs and "b" in graphs and recorder.freed == 1
+
+
+def test_memory_is_shared_with_the_recorders_other_graphs() -> None:
+    recorder = Recorder()
+    decoder, sampler = Graphs(recorder), Graphs(recorder)
+    decoder.run("a", double, {"x": torch.ones(2)})
+    recorder.shortages = 1
+    assert sampler.run("b", double, {"x": torch.ones(2)})[1] == 2
+    assert len(decoder) == 0 and len(sampler) == 1
+
+
+def graphed(function, recorder: Recorder, monkeypatch) -> GraphedFunction:
+    monkeypatch.setattr("dcar_fast.engine.graph.cuda_recorder", lambda device: recorder)
+    return GraphedFunction("it", function, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 17, 40])
+def test_a_graphed_function_pads_and_cuts(batch: int, monkeypatch) -> None:
+    recorder, sizes = Recorder(), []
+
+    def rows(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        sizes.append(len(inputs["x"]))
+        return inputs["x"] + inputs["y"][:, None], inputs["y"] * 3
+
+    function = graphed(rows, recorder, monkeypatch)
+    x, y = torch.arange(2.0 * batch).view(batch, 2), torch.arange(batch)
+    for _ in range(2):
+        total, triple = function({"x": x, "y": y})
+        assert torch.equal(total, x + y[:, None]) and torch.equal(triple, y * 3)
+    assert set(sizes) <= set(buckets.BATCHES)
+    assert recorder.recorded == len({buckets.batch_bucket(part.stop - part.start) for part in buckets.parts(batch)})
+
+
+def test_a_graphed_function_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(recorder, "record", lambda *_: (_ for _ in ()).throw(RuntimeError("not permitted")))
+    function = graphed(double, recorder, monkeypatch)
+    for _ in range(2):
+        assert function({"x": torch.ones(3)})[1] == 3
+    assert caplog.text.count("it runs without a CUDA graph: capturing failed (RuntimeError: not permitted)") == 1
+
+
+def test_a_graphed_function_without_memory_says_so(monkeypatch) -> None:
+    function = graphed(lambda inputs: (inputs["x"] * 2,), Recorder(shortages=1), monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        function({"x": torch.ones(3)})
+    assert torch.equal(function({"x": torch.ones(3)})[0], torch.full((3,), 2.0))
 
 
 def test_no_memory_at_all_is_an_error_that_leaves_nothing_behind() -> None:

@@ -68,7 +68,7 @@ def test_one_launch_reads_the_seeds_from_the_device() -> None:
 @pytest.mark.gpu
 def test_kernels_take_the_nearest_allowed_count() -> None:
     ids, sampled = torch.full((4, 10), MASK).cuda(), torch.arange(40).view(4, 10).cuda()
-    counts = torch.tensor([-1, 11, -(2**63), 2**40]).cuda()
+    counts = torch.tensor([-1, 11, 5 - 2**63, 2**40]).cuda()
     settings = {"tau": 1.0, "noise": torch.rand(4, 10).cuda(), "next_open": 10, "backend": "triton"}
     new_ids, _ = place_tokens(ids, None, sampled, torch.randn(4, 10).cuda(), counts, MASK, **settings)
     assert (new_ids == MASK).sum(1).tolist() == [0, 10, 0, 10]

@@ -143,7 +143,5 @@ def test_every_size_has_a_configuration() -> None:
         for head in (16, 48, 80, 128, 256, 1024):
             for itemsize in (2, 4):
                 for rows in (1, 10**9):
-                    assert (
-                        TABLE.ship(capability, head=head, itemsize=itemsize, rows=rows, moments=0).blocks["BLOCK_KEYS"]
-                        >= 16
-                    )
+                    sizes = {"head": head, "itemsize": itemsize, "rows": rows, "moments": 0}
+                    assert TABLE.ship(capability, **sizes).blocks["BLOCK_KEYS"] >= 16

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcar_fast.kernels import self_attention as kernels
 from dcar_fast.kernels.configs import Config
+from dcar_fast.reference._moments import row_moments
 from dcar_fast.reference.self_attention import self_attention as reference
 from tests.tolerance import check_close
 
@@ -83,6 +84,57 @@ def test_statistics(width: int, config: Config | None) -> None:
     check_statistics(qkv, config)
     check_statistics(qkv.transpose(0, 1), config)
     check_statistics(qkv.half(), config)
+
+
+# ---- statistics from row moments
+
+
+def check_with_moments(
+    inputs: tuple[Tensor, ...], heads: int, eps: float = EPS, config: Config | None = None
+) -> Tensor:
+    got = kernels.self_attention(*inputs[:4], heads, eps, row_moments(inputs[0]), config)
+    check(got, inputs, heads, eps)
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens, heads, head", [(1, 1, 64), (63, 2, 32), (64, 4, 16), (65, 2, 96), (70, 8, 24)])
+def test_moments(tokens: int, heads: int, head: int, dtype: torch.dtype) -> None:
+    inputs = data(tokens, heads, head, dtype)
+    out = check_with_moments(inputs, heads)
+    assert torch.equal(out, check_with_moments(inputs, heads))
+
+
+def test_moments_at_full_width() -> None:
+    check_with_moments(data(17, 16, 72, torch.float16), 16)
+
+
+@pytest.mark.parametrize("config", [c for c in kernels.TABLE.candidates if c.num_stages == 2], ids=str)
+def test_every_attention_configuration_gives_the_same_from_moments(config: Config) -> None:
+    check_with_moments(data(130, 2, 32), 2, config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_moments_of_large_means_and_of_rows_without_variance(dtype: torch.dtype) -> None:
+    qkv, *weights = data(65, 2, 32)
+    inputs = tuple(x.to(dtype) for x in (qkv + 100, *weights))
+    check_with_moments(inputs, 2)
+    inputs[0][:, 3:7] = 3.0
+    check_with_moments(inputs, 2, eps=1e-2)
+
+
+def test_moments_are_what_is_used() -> None:
+    """Those of q and of k, not those of v; no statistics are taken besides."""
+    inputs = data(33, 2, 32)
+    moments = row_moments(inputs[0])
+    want = check_with_moments(inputs, 2)
+    for part, matters in enumerate((True, True, False)):
+        others = moments.clone()
+        others[:, ::2, part, 1] *= 4
+        got = kernels.self_attention(*inputs[:4], 2, EPS, others)
+        assert torch.equal(got, want) != matters
+    room = torch.stack((moments, moments), dim=-1)[..., 0]
+    assert torch.equal(want, kernels.self_attention(*inputs[:4], 2, EPS, room))
 
 
 def test_strides_and_empty() -> None:
