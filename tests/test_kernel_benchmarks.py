@@ -18,6 +18,8 @@ SMALL = {
     "cross_attention": f"{ATTENTION} --queries 7 --keys 9",
     "denoise_step": "--rows 6 --width 40 --depth 1 --channels 3 --rounds 2 --no-compile",
     "depthwise_gate": f"{IMAGES} --channels 5",
+    "embed_tokens": "--batch 2 --tokens 9 --width 70 --codes 30 --rounds 2 --no-compile",
+    "fused_linear": "--layer fc1 --rows 9 --width 70 --hidden 90 --rounds 2 --dtype float32 --no-compile",
     "gelu": "--rows 5 --width 37 --rounds 2 --no-compile",
     "latent_noise": "--rows 7 --channels 6 --rounds 2 --no-compile",
     "place_tokens": "--batch 3 --tokens 10 --rounds 2 --no-compile",

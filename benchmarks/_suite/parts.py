@@ -22,6 +22,9 @@ FULL = {
     "channel_norm": (BF16,),
     "denoise_step": ((), ("--rows", "8192", "--no-compile")),
     "depthwise_gate": (BF16,),
+    "fused_linear": tuple(
+        ("--layer", layer, "--rows", rows) for layer in ("qkv", "proj", "fc1", "fc2") for rows in ("512", "8192")
+    ),
     "gelu": (BF16,),
     "relu_linear_attention": (BF16,),
     "sample_from_logits": (BF16,),
@@ -35,6 +38,8 @@ SMALL = {
     "cross_attention": ("--batch", "1", "--queries", "64", "--keys", "70", "--heads", "2", "--rounds", "3"),
     "denoise_step": ("--rows", "16", "--width", "128", "--depth", "2", "--rounds", "3", "--no-compile"),
     "depthwise_gate": DECODER,
+    "embed_tokens": ("--batch", "2", "--rounds", "5", "--no-compile"),
+    "fused_linear": ("--rows", "32", "--width", "128", "--hidden", "512", "--rounds", "3", "--no-compile"),
     "gelu": ("--rows", "128", "--rounds", "3", "--no-compile"),
     "latent_noise": ("--rounds", "5", "--no-compile"),
     "place_tokens": ("--rounds", "5", "--no-compile"),

@@ -7,8 +7,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dcar_fast.engine import buckets
 from dcar_fast.engine.decoder import FastDecoder
 from dcar_fast.engine.graph import GraphedFunction
 from dcar_fast.engine.pack import packed
@@ -18,13 +20,20 @@ from dcar_fast.models.tokenizer import DCHT
 logger = logging.getLogger(__name__)
 
 
+def captures(device: torch.device) -> bool:
+    """Whether there are graphs on this device."""
+    return device.type == "cuda"
+
+
 @torch.no_grad()
 def encode_text(encoder: TextEncoder, prompts: Sequence[str]) -> TextStates:
     """``encoder(prompts)``; on a GPU in a graph."""
-    if encoder.device.type != "cuda":
+    if not captures(encoder.device):
         return encoder(prompts)
     graphed = packed(encoder, "graphs", _graphed_text)
     ids, mask, lengths = encoder.prepare(prompts)
+    more = buckets.length_bucket(ids.shape[1], encoder.config.max_length) - ids.shape[1]
+    ids, mask = F.pad(ids, (0, more)), F.pad(mask, (0, more))  # pads that are not attended, like all others
 
     def encode(ids: Tensor, mask: Tensor) -> Tensor:
         return graphed({"ids": ids, "mask": mask})[0]
@@ -38,7 +47,7 @@ def decode_tokens(tokenizer: DCHT, ids: Tensor, residual: Tensor) -> Tensor:
 
     Where there is no memory for a graph, the decoder does what it can without: fewer images at a time, then tiles.
     """
-    if ids.device.type != "cuda":
+    if not captures(ids.device):
         return FastDecoder(tokenizer).decode_tokens(ids, residual)
     graphed = packed(tokenizer, "graphs", _graphed_decoder)
     try:

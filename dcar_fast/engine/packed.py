@@ -15,7 +15,7 @@ from dcar_fast.engine.trunk import Text, Trunk
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.noise import LatentNoise, TokenNoise
-from dcar_fast.ops import sample_from_logits
+from dcar_fast.ops import latent_noise, sample_from_logits
 from dcar_fast.reference.diffusion import diffusion_schedule
 
 ROWS = 1024  # positions whose logits exist at a time
@@ -86,7 +86,9 @@ class PackedEngine(Engine):
 
         def normals(i: int) -> Tensor:
             noise = latent(i)
-            return noise.normal(channels) if isinstance(noise, LatentNoise) else noise
+            if not isinstance(noise, LatentNoise):
+                return noise
+            return latent_noise(noise.seeds, noise.tokens, channels, noise.step, initial=False)
 
         return self.head(condition, latent_init, normals, guidance=guidance, dialect=dialect, progress=progress)
 

@@ -49,6 +49,10 @@ def calls() -> dict[str, Callable[..., object]]:
         ),
         "denoise_step": denoise(),
         "depthwise_gate": lambda **how: ops.depthwise_gate(images, normals(64, 1, 3, 3), normals(64), **how),
+        "embed_tokens": lambda **how: ops.embed_tokens(ids, normals(9, 70), normals(4, 70), **how),
+        "fused_linear": lambda **how: ops.fused_linear(
+            normals(2, 9, 80), normals(2, 90, 80), normals(90), residual=normals(2, 9, 90), emit_moments=True, **how
+        ),
         "gelu": lambda **how: ops.gelu(images, **how),
         "latent_noise": lambda **how: ops.latent_noise(torch.arange(3), torch.arange(3), 5, 1, initial=False, **how),
         "place_tokens": lambda **how: ops.place_tokens(

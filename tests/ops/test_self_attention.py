@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dcar_fast.models.transformer import SelfAttention
 from dcar_fast.ops import self_attention
-from dcar_fast.ops._dispatch import _ops
+from dcar_fast.ops._dispatch import _ops, launches
+from dcar_fast.reference._moments import row_moments
 from dcar_fast.reference.self_attention import self_attention as reference
 from tests.ops.sampling_cases import normals
 from tests.tolerance import check_close
@@ -90,6 +91,46 @@ def test_float64_agrees_on_a_gpu(tokens: int, heads: int, head: int, dtype: torc
     out = self_attention(*on_gpu, heads=heads, backend=backend)
     check(out.cpu(), inputs, heads)
     assert torch.equal(out, self_attention(*on_gpu, heads=heads, backend=backend))
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("tokens, heads, head", [(1, 1, 64), (65, 4, 48)])
+def test_statistics_from_moments(tokens: int, heads: int, head: int, dtype: torch.dtype, backend: str | None) -> None:
+    inputs = data(tokens, heads, head, dtype)
+    check(self_attention(*inputs, heads=heads, moments=row_moments(inputs[0]), backend=backend), inputs, heads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("tokens, heads, head", [(1, 1, 64), (65, 4, 48), (256, 16, 72), (1000, 16, 72)])
+def test_statistics_from_moments_on_a_gpu(tokens: int, heads: int, head: int, dtype: torch.dtype) -> None:
+    inputs = data(tokens, heads, head, dtype)
+    on_gpu, moments = [x.cuda() for x in inputs], row_moments(inputs[0]).cuda()
+    out = self_attention(*on_gpu, heads=heads, moments=moments, backend="triton")
+    check(out.cpu(), inputs, heads)
+    assert torch.equal(out, self_attention(*on_gpu, heads=heads, moments=moments, backend="triton"))
+
+
+def test_the_given_moments_are_what_is_used() -> None:
+    """Those of q and of k; those of v are not read."""
+    inputs = data(9, 2, 32)
+    moments = row_moments(inputs[0])
+    want = self_attention(*inputs, heads=2, moments=moments)
+    for part, matters in enumerate((True, True, False)):
+        others = moments.clone()
+        others[:, ::2, part, 1] *= 4
+        assert torch.equal(self_attention(*inputs, heads=2, moments=others), want) != matters
+
+
+def test_moments_change_no_gradient() -> None:
+    inputs = [x.requires_grad_() for x in data(9, 2, 32, torch.float64)]
+    moments = row_moments(inputs[0].detach())
+    got, want = (
+        torch.autograd.grad(self_attention(*inputs, heads=2, moments=m).square().sum(), inputs) for m in (moments, None)
+    )
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() < 1e-12 * max(1.0, other.abs().max().item())
 
 
 def test_float64_stays_float64() -> None:
@@ -227,6 +268,9 @@ def test_many_rows() -> None:
 def test_opcheck() -> None:
     inputs = [x.requires_grad_() for x in data(5, 2, 3)]
     torch.library.opcheck(torch.ops.dcar_fast.self_attention.default, (*inputs, 2, EPS, None, None))
+    inputs = data(5, 2, 32)
+    moments = row_moments(inputs[0])
+    torch.library.opcheck(torch.ops.dcar_fast.self_attention.default, (*inputs, 2, EPS, moments, None))
 
 
 def test_compiles_as_one_graph_and_exports() -> None:
@@ -244,16 +288,22 @@ def test_compiles_as_one_graph_and_exports() -> None:
 
 
 def test_launches_are_declared() -> None:
-    assert {b.name: b.launches for b in _ops["self_attention"]} == {"triton": 2, "reference": None}
+    inputs = data(5, 2, 32)
+    assert launches("self_attention", *inputs, 2, EPS, None, None) == 2
+    assert launches("self_attention", *inputs, 2, EPS, row_moments(inputs[0]), None) == 1
     assert {b.name: b.launches for b in _ops["cross_attention"]} == {"triton": 1, "reference": None}
 
 
 QKV, WEIGHT = torch.zeros(2, 3, 24), torch.ones(8)
+WIDE, MOMENTS = {"qkv": torch.zeros(2, 3, 192)} | dict.fromkeys(NAMES[1:], torch.ones(64)), torch.zeros(2, 3, 3, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"moments": MOMENTS}, "moments is given, allowed is None unless D, 8, is a multiple of 64"),
+        ({**WIDE, "moments": MOMENTS[:1]}, r"moments has shape \(1, 3, 3, 2\), allowed is \(2, 3, 3, 2\)"),
+        ({**WIDE, "moments": MOMENTS.half()}, "moments is torch.float16, allowed is torch.float32"),
         ({"qkv": QKV[0]}, r"qkv has shape \(3, 24\), allowed is \(B, N, 3D\)"),
         ({"qkv": QKV.long()}, "qkv is torch.int64, allowed are torch.float32"),
         ({"qkv": QKV[..., :23]}, r"qkv has shape \(2, 3, 23\), allowed is \(B, N, 3D\) with D a multiple of heads, 2"),
