@@ -30,25 +30,26 @@ def table(name: str) -> Table:
     """Sizes: ``head`` as padded by :func:`split`, ``itemsize`` in bytes, ``rows`` = images x heads x queries,
     ``moments``: 1 with row moments, which take registers, else 0."""
 
-    def rules(
-        many_rows: Config, many_rows_of_128: Config, float32: Config, with_moments: Config | None = None
-    ) -> tuple[Rule, ...]:
+    def rules(many_rows: Config, many_rows_of_128: Config, float32: Config, keys: int) -> tuple[Rule, ...]:
+        """``keys``: of a block with moments, in 16-bit types."""
         return (
-            Rule({"itemsize": 2, "head": 128, "rows": FEW_ROWS}, blocks(64, 64, 4)),
-            Rule({"itemsize": 2, "head": 80}, many_rows),
+            Rule({"itemsize": 2, "head": 128, "rows": FEW_ROWS, "moments": 0}, blocks(64, 64, 4)),
+            Rule({"itemsize": 2, "head": 128, "rows": FEW_ROWS}, blocks(64, keys, 4)),
+            Rule({"itemsize": 2, "head": 80, "moments": 0}, many_rows),
+            Rule({"itemsize": 2, "head": 80}, blocks(128, keys, 8, many_rows.num_stages)),
             Rule({"itemsize": 2, "head": 128}, many_rows_of_128),
             Rule({"itemsize": 2, "head": 256}, blocks(64, 32, 8)),
             Rule({"head": 80, "moments": 0}, float32),
-            Rule({"head": 80}, with_moments or float32),
+            Rule({"head": 80}, blocks(32, 16, 8)),
             Rule({"head": 128}, blocks(16, 16, 4)),
             Rule({}, blocks(16, 16, 8, 1)),  # runs, but is not made for
         )
 
-    blackwell = rules(blocks(128, 64, 8, 3), blocks(128, 64, 8, 3), blocks(64, 32, 8), blocks(32, 16, 8))
+    blackwell = rules(blocks(128, 64, 8, 3), blocks(128, 64, 8, 3), blocks(64, 32, 8), 64)
     shipped = {
-        "consumer": rules(blocks(128, 64, 8), blocks(64, 32, 4), blocks(32, 16, 4)),
-        "datacenter": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(32, 16, 4)),
-        "sm_90": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(64, 32, 4)),
+        "consumer": rules(blocks(128, 64, 8), blocks(64, 32, 4), blocks(32, 16, 4), 32),
+        "datacenter": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(32, 16, 4), 32),
+        "sm_90": rules(blocks(128, 64, 8), blocks(128, 64, 8), blocks(64, 32, 4), 64),
         "sm_100": blackwell,
         "sm_103": blackwell,
     }

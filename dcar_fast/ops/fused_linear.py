@@ -43,9 +43,9 @@ def fused_linear(
 
     x (B, N, K). weight (V, K), or (G, V, K), of which image b takes number min(b, G - 1): images of their own come
     first, those that share one last. bias (V,), or (G, V) likewise, or None. residual (B, N, V) or None. weight, bias,
-    residual and x (but see ``lengths``) are of one type: float32, float16, bfloat16 or float64, which only the reference
-    runs. All on one device, with any strides. ``out_dtype``: that type, the default, or float32. Sums are float32, the
-    result is rounded once. ``activation``: "none", "gelu" (its tanh approximation), "silu".
+    residual and x (but see ``lengths``) are of one type: float32, float16, bfloat16, or float64, which only the
+    reference runs. All on one device, with any strides. ``out_dtype``: that type, the default, or float32. Sums are
+    float32, the result is rounded once. ``activation``: "none", "gelu" (its tanh approximation), "silu".
 
     f is the identity unless one of these is given:
 
@@ -53,14 +53,15 @@ def fused_linear(
       They are mean and sum of squared deviations of each piece of 64 columns of a row of x, as ``emit_moments`` gives
       them of the rounded result for the op that reads it (float64 ones with float64). In 16-bit types the kernel
       multiplies x as it is and normalises the sums, rstd (x W^T) - rstd mean colsum: ``colsum`` (V,) or (G, V) float32
-      are the sums of the weight's rows, summed in one more launch in each call that does not give them.
+      are the sums of the weight's rows, summed in one more launch in each call that does not give them. What cancels
+      there costs a relative error of about |mean| / deviation float32 roundings.
     - ``lengths`` (B,) int64 and ``group``, T of 16, 32 or 64: softmax over the first lengths[b] of each T columns, in
       float32, and 0 in the others, so that length 0 gives zeros. K is a multiple of T. x may also be float32. With
       scores = fused_linear(x, keys, out_dtype=torch.float32) this is attention with absorbed projections.
 
     Formula: ``reference/fused_linear.py``. Inference only. ``backend``: see ``_dispatch.choose``. Raises ValueError,
-    before any work, for what does not fit together, for inputs that ask for a gradient, and for lengths outside 0..T: on
-    a GPU looking at them would mean waiting for it, there the nearest of 0..T counts.
+    before any work, for what does not fit together, for inputs that ask for a gradient, and for lengths outside 0..T.
+    On a GPU looking at those would mean waiting for it: there the nearest of 0..T counts.
     """
     _check_linear(x, weight, bias, residual, lengths)
     _check_moments(moments, colsum, eps, x, weight)

@@ -42,8 +42,8 @@ def self_attention(
     query, whose float32 rounding shows where a key row's mean is thousands of times its deviation.
 
     Differentiable in all tensors but moments: the backward keeps the inputs alone and computes statistics and weights
-    again in PyTorch, in float32, on every backend. It holds four (B, heads, N, N) float32 matrices at a time, 16 B heads
-    N^2 bytes.
+    again in PyTorch, in float32, on every backend. It holds four (B, heads, N, N) float32 matrices at a time, which is
+    16 B heads N^2 bytes.
 
     ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together.
     """

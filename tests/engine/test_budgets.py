@@ -69,9 +69,8 @@ def sampling(length: int, batch: int = 1, backend: str = "reference", case: str 
     """Of a call in steady state; the fused ops are those that run on a GPU, whatever their backend is called."""
     sampler = FastSampler(model(), SamplingConfig(**OPTIONS[case]), backend=backend)
     with torch.device("meta"):
-        for _ in range(2):
-            counts = count(lambda: sampler(*prompts(batch, length), 0, lengths=[length] * batch))
-    return counts
+        sampler(*prompts(batch, length), 0, lengths=[length] * batch)
+        return count(lambda: sampler(*prompts(batch, length), 0, lengths=[length] * batch))
 
 
 @cache
@@ -101,9 +100,9 @@ def test_the_whole_pipeline_keeps_its_budget(length: int, budget: float) -> None
     assert 0.95 * budget < teraflop <= budget, f"{teraflop:.3f} TFLOP"
 
 
-@pytest.mark.parametrize(("length", "budget"), [(64, 7.6), (16, 7.5)])
-def test_packed_linears_take_no_more(length: int, budget: float) -> None:
-    assert sampling(length, backend="native").flops / 1e12 <= budget
+def test_packed_linears_take_no_more() -> None:
+    """In 16 bits; in float32 they absorb too."""
+    assert sampling(64, backend="native").flops <= sampling(64).flops
 
 
 @pytest.mark.parametrize(("length", "batch"), [(16, 1), (17, 3), (40, 1), (300, 1)])
@@ -146,7 +145,7 @@ def saved(length: int, batch: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("length", "batch"), [(16, 1), (40, 2), (300, 1)])
+@pytest.mark.parametrize(("length", "batch"), [(16, 1), (40, 2)])
 def test_every_saving(length: int, batch: int) -> None:
     """The reference, counted, less the savings one by one, is the fast sampler, counted."""
     sampler = ReferenceSampler(model())

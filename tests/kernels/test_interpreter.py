@@ -55,4 +55,4 @@ def test_interpreted(file: Path, runs: dict[Path, Future]) -> None:
 def test_every_kernel_is_interpreted() -> None:
     from dcar_fast.kernels.offline import kernel_names
 
-    assert {file.stem for file in FILES} == {f"test_{name}" for name in (*kernel_names(), "philox")}
+    assert {file.stem for file in FILES} == {f"test_{name}" for name in (*kernel_names(), "philox", "fast_sampler")}

@@ -35,7 +35,12 @@ def check_steps(sample, case: str, steps: int) -> None:
     assert sample.ids.dtype == torch.int64 and sample.residual.dtype == torch.float32
 
 
-SAMPLERS = pytest.mark.parametrize("sampler", [ReferenceSampler, FastSampler])
+def fused(model, config=None) -> FastSampler:
+    """On the ops that a GPU runs."""
+    return FastSampler(model, config, backend="reference")
+
+
+SAMPLERS = pytest.mark.parametrize("sampler", [ReferenceSampler, FastSampler, fused])
 
 
 @SAMPLERS

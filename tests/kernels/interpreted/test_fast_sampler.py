@@ -1,0 +1,92 @@
+"""The whole fast sampler and decoder on Triton kernels, in the interpreter: what a GPU would run, end to end."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dcar_fast.config import DCARConfig, DCHTConfig, SamplingConfig
+from dcar_fast.engine.decoder import FastDecoder
+from dcar_fast.models.dcar import DCAR
+from dcar_fast.models.tokenizer import DCHT
+from dcar_fast.ops import _dispatch
+from dcar_fast.sampling import FastSampler, ReferenceSampler
+
+CONFIG = DCARConfig(
+    codebook_size=70,
+    latent_channels=4,
+    num_tokens=9,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    mlp_hidden_size=96,
+    text_length=40,
+    text_dim=24,
+    head_width=48,
+    head_depth=2,
+    head_steps=3,
+)
+DECODER = DCHTConfig(
+    codebook_size=70,
+    latent_channels=4,
+    widths=(32, 32, 64),
+    encoder_depths=(0, 1, 1),
+    decoder_depths=(0, 1, 1),
+    blocks=("res", "res", "efficientvit"),
+    encoder_norm="layer_norm",
+    encoder_act="silu",
+    decoder_norms=("batch_norm", "batch_norm", "layer_norm"),
+    decoder_acts=("relu", "relu", "silu"),
+)
+
+
+@pytest.fixture(autouse=True)
+def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the dispatcher take Triton for tensors on the CPU, and kernels be launched without a current device."""
+    able = _dispatch.Usable(True, "the interpreter")
+    for name, backends in _dispatch._ops.items():
+        changed = tuple(replace(b, usable=lambda _: able) if b.name == "triton" else b for b in backends)
+        monkeypatch.setitem(_dispatch._ops, name, changed)
+        module = sys.modules[f"dcar_fast.ops.{name}"]
+        if hasattr(module, "current"):
+            monkeypatch.setattr(module, "current", lambda device: nullcontext())
+    for cached in (_dispatch._explicit, _dispatch._automatic):
+        cached.cache_clear()
+    yield
+    for cached in (_dispatch._explicit, _dispatch._automatic):
+        cached.cache_clear()
+
+
+def random_weights(module: torch.nn.Module) -> torch.nn.Module:
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.data.normal_(0, 0.1)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("lengths", "width"), [([5, 11], 64), ([3], 128), ([40, 0, 17], 64)])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 0.0}, {"final_forward": True}])
+def test_the_references_tokens(lengths: list[int], width: int, options: dict) -> None:
+    """Of width 128 a short prompt absorbs the cross-attention's projections."""
+    torch.manual_seed(0)
+    model = random_weights(DCAR(replace(CONFIG, hidden_size=width)))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    inputs = (torch.randn(*mask.shape, 24), mask, [7, 2**40, 9][: len(lengths)])
+    config = SamplingConfig(num_steps=3, **options)
+    expected = ReferenceSampler(model, config)(*inputs)
+    found = FastSampler(model, config, backend="triton")(*inputs)
+    assert torch.equal(found.ids, expected.ids)
+    assert (found.residual - expected.residual).abs().max() < 1e-3  # at t = 999 rounding is multiplied by 2e4
+
+
+def test_the_decoders_images() -> None:
+    torch.manual_seed(0)
+    tokenizer = random_weights(DCHT(DECODER))
+    ids, residual = torch.randint(70, (2, 3, 2)), torch.randn(2, 6, 4) / 10
+    expected = tokenizer.decode_tokens(ids, residual)
+    found = FastDecoder(tokenizer, backend="triton").decode_tokens(ids, residual)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
