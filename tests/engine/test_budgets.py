@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -188,3 +190,27 @@ def test_an_op_without_a_formula_is_named() -> None:
     assert count(lambda: torch.linalg.inv_ex(a)).no_formula == {"aten::linalg_inv_ex"}
     assert count(lambda: a @ a).flops == 54 and count(lambda: a @ a).launches == 1
     assert count(lambda: a.view(9)[2:].view(7, 1).T).launches == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [16, 64])
+def test_a_gpu_launches_what_is_counted(length: int) -> None:
+    """One block of the full width in bfloat16: kernels that the profiler sees, against those that the ops declare."""
+    from torch.profiler import ProfilerActivity, profile
+
+    config = replace(CONFIG, num_layers=1, head_depth=1, num_tokens=64, codebook_size=1024)
+    sampler = FastSampler(DCAR(config).to("cuda", torch.bfloat16), cuda_graph=False)
+    states = torch.randn(1, length, config.text_dim, device="cuda")
+    mask = torch.ones(1, length, dtype=torch.bool, device="cuda")
+
+    def sample() -> None:
+        sampler(states, mask, 0, lengths=[length])
+
+    sample()
+    counts = count(sample)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        sample()
+        torch.cuda.synchronize()
+    events = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in events if not name.lower().startswith(("memcpy", "memset"))]
+    assert abs(len(kernels) - counts.launches) <= 0.02 * counts.launches, (counts.by_op, Counter(kernels))

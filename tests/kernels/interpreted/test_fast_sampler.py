@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dcar_fast.config import DCARConfig, DCHTConfig, SamplingConfig
+from dcar_fast.engine.counting import FORMULAS, count
 from dcar_fast.engine.decoder import FastDecoder
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.tokenizer import DCHT
@@ -81,6 +82,39 @@ def test_the_references_tokens(lengths: list[int], width: int, options: dict) ->
     found = FastSampler(model, config, backend="triton")(*inputs)
     assert torch.equal(found.ids, expected.ids)
     assert (found.residual - expected.residual).abs().max() < 1e-3  # at t = 999 rounding is multiplied by 2e4
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, function) -> int:
+    """How many kernels the interpreter runs."""
+    from triton.runtime.interpreter import GridExecutor
+
+    calls, run = [], GridExecutor.__call__
+
+    def counted(self, *arguments, **keywords):
+        calls.append(self.fn.__name__)
+        return run(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", counted)
+        function()
+    return len(calls)
+
+
+@pytest.mark.parametrize(("length", "width"), [(12, 128), (12, 64), (40, 64)])
+def test_the_launches_are_those_that_the_ops_declare(length: int, width: int, monkeypatch) -> None:
+    """As ``engine.counting`` adds them up for the launch budgets."""
+    model = random_weights(DCAR(replace(CONFIG, hidden_size=width)))
+    sampler = FastSampler(model, SamplingConfig(num_steps=2), backend="triton")
+    states, mask = torch.randn(1, length, 24), torch.ones(1, length, dtype=torch.bool)
+
+    def sample() -> None:
+        sampler(states, mask, 0, lengths=[length])
+
+    sample()  # fills what is kept between calls
+    counts = count(sample)
+    ours = sum(number for op, number in counts.by_op.items() if op in FORMULAS)
+    assert counts.undeclared == set()
+    assert launched(monkeypatch, sample) == ours > 30
 
 
 def test_the_decoders_images() -> None:
