@@ -14,6 +14,7 @@ ATTENTION = "--batch 2 --heads 2 --head-size 5 --rounds 2 --dtype float32 --no-c
 IMAGES = "--batch 3 --side 5 --rounds 2 --no-compile"
 SMALL = {
     "add_residual": "--batch 2 --tokens 9 --channels 5 --codes 30 --rounds 2 --no-compile",
+    "bias_residual": f"{IMAGES} --channels 33",
     "channel_norm": f"{IMAGES} --channels 33",
     "cross_attention": f"{ATTENTION} --queries 7 --keys 9",
     "denoise_step": "--rows 6 --width 40 --depth 1 --channels 3 --rounds 2 --no-compile",

@@ -19,6 +19,7 @@ PARTS = (*GPU_PARTS, "overhead", "resources", "tune")
 # On a GPU, where a benchmark's own options are not what the model runs there; several sets are several runs.
 BF16 = ("--dtype", "bfloat16")
 FULL = {
+    "bias_residual": (BF16,),
     "channel_norm": (BF16,),
     "denoise_step": ((), ("--rows", "8192", "--no-compile")),
     "depthwise_gate": (BF16,),
@@ -34,6 +35,7 @@ FULL = {
 DECODER = ("--channels", "32", "--side", "16", "--rounds", "3", "--no-compile")
 SMALL = {
     "add_residual": ("--batch", "2", "--rounds", "5", "--no-compile"),
+    "bias_residual": DECODER,
     "channel_norm": DECODER,
     "cross_attention": ("--batch", "1", "--queries", "64", "--keys", "70", "--heads", "2", "--rounds", "3"),
     "denoise_step": ("--rows", "16", "--width", "128", "--depth", "2", "--rounds", "3", "--no-compile"),

@@ -151,6 +151,7 @@ def _nothing(*arguments: Any, **_: Any) -> int:
 
 FORMULAS: dict[str, Callable[..., int]] = {
     "add_residual": _nothing,
+    "bias_residual": _nothing,
     "channel_norm": _nothing,
     "cross_attention": _cross_attention,
     "denoise_step": _denoise_step,

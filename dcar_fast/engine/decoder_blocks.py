@@ -10,18 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_fast import ops
-from dcar_fast.engine.decoder_conv import Conv
+from dcar_fast.engine.decoder_conv import Conv, plain
 from dcar_fast.engine.tiling import Layer
 from dcar_fast.models import autoencoder as model
-from dcar_fast.ops._dispatch import choose
 from dcar_fast.reference.activation import activate
 from dcar_fast.reference.relu_linear_attention import relu_linear_attention
-
-
-def plain(op: str, x: Tensor, backend: str | None) -> bool:
-    """Whether nothing but the reference can run the op here: then PyTorch's own formulation in the type of x, as the
-    model has it, is the faster one."""
-    return backend in (None, "auto") and choose(op, x.device, backend).name == "reference"
 
 
 class Norm:
@@ -53,8 +46,8 @@ class Tail:
 
     def __call__(self, y: Tensor, x: Tensor, backend: str | None) -> Tensor:
         if self.norm is None:
-            return self.conv(y, residual=x)
-        return self.norm(self.conv(y), backend, residual=x)
+            return self.conv(y, backend, residual=x)
+        return self.norm(self.conv(y, backend), backend, residual=x)
 
 
 class ResBlock:
@@ -64,10 +57,10 @@ class ResBlock:
         self.conv, self.act = Conv(block.conv1, dtype), _name(block.act)
         self.tail = Tail(block.conv2, block.norm, dtype)
         self.outputs = self.widest = block.conv2.out_channels
-        self.elements = 3 * self.outputs
+        self.elements = 4 * self.outputs  # x, what either convolution makes, and its sum with x
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
-        return self.tail(self.conv(x, self.act), x, backend)
+        return self.tail(self.conv(x, backend, self.act), x, backend)
 
 
 class Attention:
@@ -82,7 +75,7 @@ class Attention:
         self.elements = 9 * self.outputs  # x, q, k, v, what ReLU and padding make of them, the result
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = self.qkv(x, backend)
         if plain("relu_linear_attention", x, backend):
             y = relu_linear_attention(qkv)
         else:
@@ -104,10 +97,10 @@ class Mlp:
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
         if plain("depthwise_gate", x, backend):
-            value, gate = self.depthwise(self.inverted(x, self.act)).chunk(2, dim=1)
+            value, gate = self.depthwise(self.inverted(x, backend, self.act), backend).chunk(2, dim=1)
             y = value * activate(gate, self.act)
         else:
-            y = self.inverted(x)
+            y = self.inverted(x, backend)
             y = ops.depthwise_gate(y, self.depthwise.weight, self.depthwise.bias, activation=self.act, backend=backend)
         return self.tail(y, x, backend)
 
@@ -123,7 +116,7 @@ class Upsample:
         self.elements = layer.conv.in_channels + 4 * self.widest  # x, the convolution, x repeated, and both shuffled
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
-        y = self.conv(x)
+        y = self.conv(x, backend)
         if not self.repeats:
             return F.pixel_shuffle(y, 2)
         if not plain("upsample_shortcut", x, backend):
@@ -142,7 +135,8 @@ class Expand:
         self.elements = 3 * self.outputs
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
-        return self.conv(x, residual=x.repeat_interleave(self.repeats, dim=1))
+        repeated = x.permute(0, 2, 3, 1).repeat_interleave(self.repeats, dim=3).permute(0, 3, 1, 2)  # channels last
+        return self.conv(x, backend, residual=repeated)
 
 
 class Output:
@@ -157,7 +151,7 @@ class Output:
         self.elements = 3 * self.widest
 
     def __call__(self, x: Tensor, backend: str | None) -> Tensor:
-        y = self.conv(self.norm(x, backend, activation="relu"))
+        y = self.conv(self.norm(x, backend, activation="relu"), backend)
         return F.pixel_shuffle(y, 2) if self.shuffle else y
 
 

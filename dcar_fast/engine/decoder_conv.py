@@ -1,7 +1,8 @@
 """Convolutions laid out once for the device that runs them, with what follows them.
 
 Three ways: Winograd's (``decoder_winograd.py``) for wide 3x3 convolutions on a CPU in float32; oneDNN's packed weights
-with fused activation and residual for everything else on a CPU; PyTorch's convolution, on CUDA with cuDNN's fused ReLU.
+with fused activation and residual for everything else on a CPU; PyTorch's convolution, on CUDA with cuDNN's fused ReLU
+or with bias, activation and residual as one op behind it (``ops.bias_residual``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dcar_fast import ops
 from dcar_fast.engine.decoder_winograd import transformed, winograd
+from dcar_fast.ops._dispatch import choose
 from dcar_fast.reference.activation import activate
 
 WINOGRAD_CHANNELS = 256  # in and out: with fewer the transforms outweigh the products
@@ -25,6 +28,12 @@ SIDE = 64  # of the images that oneDNN lays weights out for; others work as well
 _ONEDNN_ACTS = {"none": "none", "relu": "relu", "silu": "swish"}
 
 logger = logging.getLogger(__name__)
+
+
+def plain(op: str, x: Tensor, backend: str | None) -> bool:
+    """Whether nothing but the reference can run the op here: then PyTorch's own formulation in the type of x, as the
+    model has it, is the faster one."""
+    return backend in (None, "auto") and choose(op, x.device, backend).name == "reference"
 
 
 class Conv:
@@ -52,26 +61,31 @@ class Conv:
             self.weight, self._run = weight.to(dtype=dtype, memory_format=torch.channels_last), self._plain
         self._cudnn_relu = hasattr(torch, "cudnn_convolution_relu")
 
-    def __call__(self, x: Tensor, act: str = "none", residual: Tensor | None = None) -> Tensor:
-        return self._run(x, act, residual)
+    def __call__(self, x: Tensor, backend: str | None, act: str = "none", residual: Tensor | None = None) -> Tensor:
+        return self._run(x, backend, act, residual)
 
-    def _winograd(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+    def _winograd(self, x: Tensor, backend: str | None, act: str, residual: Tensor | None) -> Tensor:
         y = winograd(x, self.weight, self.bias, act == "relu", residual)
         return F.silu(y, inplace=True) if act == "silu" else y
 
-    def _packed(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, backend: str | None, act: str, residual: Tensor | None) -> Tensor:
         run = torch.ops.mkldnn._convolution_pointwise
         where = (self.weight, self.bias, self.padding, [1, 1], [1, 1], self.groups)
         if residual is None:
             return run(x, *where, _ONEDNN_ACTS[act], [], "")
         return run.binary(x, residual, *where, "add", 1.0, None, [], None)
 
-    def _plain(self, x: Tensor, act: str, residual: Tensor | None) -> Tensor:
+    def _plain(self, x: Tensor, backend: str | None, act: str, residual: Tensor | None) -> Tensor:
         if act == "relu" and self._cudnn_relu and x.is_cuda and torch.backends.cudnn.is_acceptable(x):
             y = self._fused_relu(x)
             if y is not None:
                 return y
-        y = F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        # PyTorch adds the bias of a cuDNN convolution in a pass of its own; with what else follows it is one
+        follows = self.bias is not None and (act != "none" or residual is not None)
+        fused = follows and not plain("bias_residual", x, backend)
+        y = F.conv2d(x, self.weight, None if fused else self.bias, padding=self.padding, groups=self.groups)
+        if fused:
+            return ops.bias_residual(y, self.bias, residual=residual, activation=act, backend=backend)
         if residual is not None:
             return y.add_(residual)
         return y.relu_() if act == "relu" else activate(y, act)

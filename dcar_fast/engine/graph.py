@@ -24,7 +24,7 @@ from dcar_fast.engine import buckets
 logger = logging.getLogger(__name__)
 
 Function = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
-LIMIT = 12  # graphs kept by default: each holds its buffers, and a pool grows to the largest of them
+LIMIT = 24  # graphs kept by default: each holds its buffers, and a pool grows to the largest of them
 WARM_UP = 2  # calls before a capture: kernels are compiled and libraries choose their algorithms
 
 
@@ -70,21 +70,39 @@ class CudaRecorder(Recorder):
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.done: torch.cuda.Event | None = None
+        # One stream for everything that is recorded: libraries keep a workspace for every stream that they meet, and
+        # torch's own capture stream belongs to the GPU on which somebody captured first.
+        self.stream = torch.cuda.Stream(device)
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def record(self, function: Function, inputs: dict[str, Tensor]) -> Captured:
         """Runs ``function`` on ``inputs`` a few times, then captures it. Other threads may use the GPU meanwhile."""
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # left even where ending a capture fails, unlike torch.cuda.graph's
                 for _ in range(WARM_UP):
                     function(inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                outputs = function(inputs)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                        outputs = function(inputs)
+                except BaseException:
+                    self._abandon(graph)
+                    raise
         return Captured(inputs, outputs, graph.replay)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that broke: what it did may have kept torch from ending it, and then the allocator would go
+        on serving it, free nothing any more, and refuse the next capture in this pool."""
+        self._broken.append(graph)  # the allocator may still look at it
+        index = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+        except RuntimeError:
+            return  # the usual case: it has been ended
+        torch._C._cuda_releasePool(index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def replay(self, captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Copies, replays, copies, all on the current stream and after what another stream replayed before."""
@@ -104,10 +122,14 @@ class CudaRecorder(Recorder):
         self.pool, self.done = torch.cuda.graph_pool_handle(), None
 
 
-@cache
 def cuda_recorder(device: torch.device) -> CudaRecorder:
     """The one recorder of a GPU."""
-    return CudaRecorder(device)
+    with _lock:  # a cache alone may make two when two threads ask at once
+        return _recorder(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+
+
+_lock = threading.Lock()
+_recorder = cache(CudaRecorder)
 
 
 class Graphs:

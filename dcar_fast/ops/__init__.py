@@ -4,6 +4,7 @@ from dcar_fast.noise import ConfidenceNoise, LatentNoise, TokenNoise
 from dcar_fast.ops._dispatch import report
 from dcar_fast.ops._head import embed_condition, embed_timesteps, modulations, pack_head, step_coefficients
 from dcar_fast.ops.add_residual import add_residual
+from dcar_fast.ops.bias_residual import bias_residual
 from dcar_fast.ops.channel_norm import channel_norm
 from dcar_fast.ops.cross_attention import cross_attention
 from dcar_fast.ops.denoise_step import denoise_step
@@ -26,6 +27,7 @@ __all__ = [
     "LatentNoise",
     "TokenNoise",
     "add_residual",
+    "bias_residual",
     "channel_norm",
     "cross_attention",
     "denoise_step",

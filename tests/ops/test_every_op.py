@@ -43,6 +43,7 @@ def calls() -> dict[str, Callable[..., object]]:
         "add_residual": lambda **how: ops.add_residual(
             ids.view(2, 2, 2), normals(9, 5), normals(2, 4, 5), dtype=torch.float32, **how
         ),
+        "bias_residual": lambda **how: ops.bias_residual(images, normals(64), residual=images, **how),
         "channel_norm": lambda **how: ops.channel_norm(images, normals(64), normals(64), **how),
         "cross_attention": lambda **how: ops.cross_attention(
             normals(2, 9, 2, 40), normals(2, 7, 2, 40), normals(2, 7, 2, 40), torch.tensor([7, 3]), **how
