@@ -38,7 +38,7 @@ from dcar_fast.timing import event_timer
 MARGIN = 0.02  # share of the time that a candidate must save, and may lose in no case, to replace what ships
 JOBS = min(8, os.cpu_count() or 1)  # processes that compile; each takes some GPU memory as well
 # Allowed |difference| / (|value| + root mean square) between two tilings, which add the same numbers in another order.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float8_e4m3fn: 0.13}
 # What Triton raises, by name, for a configuration that this GPU has no room for.
 DOES_NOT_FIT = {"OutOfResources", "PTXASError", "CompileTimeAssertionFailure"}
 
@@ -116,6 +116,12 @@ def all_cases(match: str = "") -> list[Named]:
     if not found:
         raise ValueError(f"no kernel has a case that contains {match!r}")
     return found
+
+
+def runnable(cases: list[Named], device: torch.device) -> list[int]:
+    """The numbers of the cases that ``device`` has the instructions for."""
+    capability = configs.capability(device)
+    return [number for number, named in enumerate(cases) if named.case.least <= capability]
 
 
 # Warm-up
@@ -277,12 +283,15 @@ def _agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     if not expected.is_floating_point():
         return torch.equal(got, expected)
+    tolerance = TOLERANCE[got.dtype]
+    if got.dtype.itemsize == 1:  # which has no arithmetic
+        got, expected = got.float(), expected.float()
     finite = expected.isfinite()
     if not torch.equal(got[~finite].nan_to_num(nan=-1.0), expected[~finite].nan_to_num(nan=-1.0)):
         return False
     if not torch.equal(got[~finite].isnan(), expected[~finite].isnan()):
         return False
-    got, expected, tolerance = got[finite].double(), expected[finite].double(), TOLERANCE[got.dtype]
+    got, expected = got[finite].double(), expected[finite].double()
     if not expected.numel():
         return True
     scale = expected.abs() + expected.square().mean().sqrt()
@@ -340,12 +349,12 @@ def run_warmup(device: str = "auto", match: str = "", jobs: int = JOBS) -> None:
     launch does not fit it."""
     check_jobs(jobs)
     target = gpu(device)
-    cases = all_cases(match)
+    numbers = runnable(all_cases(match), target)
     done: list[Warm] = []
-    print(f"{torch.cuda.get_device_name(target)}: {len(cases)} launches")
+    print(f"{torch.cuda.get_device_name(target)}: {len(numbers)} launches")
     start = time.perf_counter()
     with compilers(jobs) as pool:
-        for warm in pool.map(launch_job, [Job(str(target), match, number) for number in range(len(cases))]):
+        for warm in pool.map(launch_job, [Job(str(target), match, number) for number in numbers]):
             done.append(warm)
             state = warm.failure or f"{warm.compiled} compiled, {warm.cached} from the cache"
             print(f"{warm.name:<60} {warm.seconds:8.3f} s  {state}", flush=True)
@@ -368,11 +377,12 @@ def run_tune(
         raise ValueError(f"minutes must be above 0, got {minutes}")
     target = gpu(device)
     cases = all_cases(match)
+    able = [cases[number] for number in runnable(cases, target)]
     name = configs.gpu_name(target)
     path = output or configs.cache_folder() / f"{name}.json"
     check_writable(path)
     merge(path, name, [])
-    print(f"{torch.cuda.get_device_name(target)}: {len(cases)} cases, results go to {path}")
+    print(f"{torch.cuda.get_device_name(target)}: {len(able)} cases, results go to {path}")
     deadline = time.monotonic() + 60 * minutes
     failed, tuned = [], 0
     with current(target), compilers(jobs) as pool:
@@ -382,7 +392,7 @@ def run_tune(
             todo = [Job(str(target), match, case, number) for case, found in tried for number in range(-1, len(found))]
             list(pool.map(launch_job, todo))
 
-        for choice in tune(cases, target, event_timer(target), ahead):
+        for choice in tune(able, target, event_timer(target), ahead):
             print(choice, flush=True)
             tuned += choice.tuned
             if choice.failure:

@@ -57,12 +57,14 @@ class Rule(NamedTuple):
 
 class Case(NamedTuple):
     """One launch that users meet. ``prepare(device)`` makes its inputs and returns the launch, which takes a config or
-    None for the table's own. ``label`` names dtype and shape; ``sizes`` are what the table is asked for."""
+    None for the table's own. ``label`` names dtype and shape; ``sizes`` are what the table is asked for;
+    ``least`` is the compute capability that it needs."""
 
     label: str
     table: Table
     sizes: Mapping[str, int]
     prepare: Callable[[torch.device], Callable[[Config | None], object]]
+    least: int = 80
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,10 @@ rounded once more; what cancels where the mean is large does so in float32, far 
 float32 it would show, so there the tiles of x are normalised in registers.
 
 The softmax is over groups of 16, 32 or 64 columns, whole in a tile of x, and is made again for each column of tiles.
+
+Float8 comes with a scale for each row of x and of the weight, which multiply the sums. Hopper's matrix instructions for
+it keep about 14 bits while they add up, so what they have is moved to float32 sums after every 128 products. These take
+as many registers again: tiles are half as large as they could be for 16 bits.
 """
 
 from typing import NamedTuple
@@ -21,6 +25,7 @@ from dcar_fast.kernels.configs import Case, Config, Rule, Table
 from dcar_fast.kernels.offline import Variant
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FLOAT8 = torch.float8_e4m3fn
 FEW = 1024  # rows up to which there are too few programs for large tiles
 WIDTH, HIDDEN, GROUP = 1152, 4608, 16  # of the full-size model, with prompts of up to 16 tokens
 HEADS = 16
@@ -32,10 +37,13 @@ def tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
 
 
 HALF = {"bytes": 2}  # size of a weight
+EXACT_EVERY = tl.constexpr(128)  # products of float8 between moves to float32 sums: BLOCK_K where it is as deep
 
 
 def rules(softmax: Config, wide: Config) -> tuple[Rule, ...]:
     return (
+        Rule({"bytes": 1, "rows": FEW}, tile(64, 64, 128, 4, 4)),
+        Rule({"bytes": 1}, tile(128, 128, 128, 8, 3)),
         Rule({**HALF, "rows": FEW}, tile(64, 64, 64, 4, 4)),
         Rule({**HALF, "together": 64}, tile(64, 128, 64, 4, 3)),
         Rule({**HALF, "group": 0, "width": 2048}, tile(128, 128, 64, 8, 3)),
@@ -58,6 +66,7 @@ TABLE = Table(
         *(tile(m, 64, k, 4, s) for m in (32, 64) for k in (32, 64, 128) for s in (3, 4)),
         *(tile(*blocks, s) for blocks in ((128, 64, 64, 4), (64, 128, 64, 4), (128, 128, 64, 8)) for s in (3, 4)),
         tile(128, 256, 64, 8, 3),
+        *(tile(*blocks, s) for blocks in ((64, 128, 128, 4), (128, 128, 128, 8)) for s in (3, 4)),
     ),
     scaling=("rows", "together"),
 )
@@ -85,6 +94,8 @@ def fused_linear_kernel(
     colsum,  # (numbers, outer) float32: the sums are normalised; None: x is
     lengths,  # (images,) int64; None: no softmax
     residual,  # (images, rows, outer) or None
+    x_scale,  # (images, rows) float32 with float8, else None
+    weight_scale,  # (outer,) likewise
     out,  # (images, rows, outer)
     out_moments,  # (images, rows, ceil(outer / 64), 2) float32, or None
     rows,  # of an image; of all where it does not matter which image a row belongs to
@@ -141,8 +152,14 @@ def fused_linear_kernel(
             a = masked_softmax(a, length, GROUP)
         if moments is not None and colsum is None:
             a = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        y = tl.dot(a.to(kind), b, y, input_precision="tf32x3")
+        if x_scale is not None:
+            y = tl.dot(a, b, y, max_num_imprecise_acc=EXACT_EVERY)
+        else:
+            y = tl.dot(a.to(kind), b, y, input_precision="tf32x3")
 
+    if x_scale is not None:
+        across = tl.load(weight_scale + n, mask=inside, other=0.0)
+        y *= tl.load(x_scale + corner + local)[:, None] * across[None, :]
     if moments is not None and colsum is not None:
         sums = tl.load(colsum + number * outer + n, mask=inside, other=0.0)
         y = y * rstd[:, None] - (mean * rstd)[:, None] * sums[None, :]
@@ -173,11 +190,13 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     emit_moments: bool = False,
     out_dtype: torch.dtype | None = None,
+    x_scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """act(f(x) W^T + bias) + residual (B, N, V), and its row moments if ``emit_moments``. One launch on the current
     device, more only to copy what is not contiguous, and to sum the weights of 16-bit types where ``colsum`` is
-    missing. Formula and checks: ``reference/fused_linear.py``, ``ops/fused_linear.py``.
+    missing. Float8 needs ``out_dtype``. Formula and checks: ``reference/fused_linear.py``, ``ops/fused_linear.py``.
     """
     (images, rows, inner), outer = x.shape, weight.shape[-2]
     numbers = weight.shape[0] if weight.dim() == 3 else 1
@@ -191,7 +210,7 @@ def fused_linear(
             colsum = None
         elif moments is not None and colsum is None:
             colsum = weight.sum(dim=-1, dtype=torch.float32)
-        tensors = (x, weight, bias, moments, colsum, lengths, residual)
+        tensors = (x, weight, bias, moments, colsum, lengths, residual, x_scale, weight_scale)
         config = config or TABLE.pick(x.device, **sizes(images, rows, weight, group))
         blocks = _whole(config, group)
         tiles = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(outer, blocks["BLOCK_N"])
@@ -266,6 +285,7 @@ USES = (
     Use("scores", SCORES, WIDTH, texts=True, float_out=True),
     Use("values", WIDTH, SCORES, group=GROUP, texts=True, residual=True, emits=True),
 )
+FLOAT8_USES = tuple(use._replace(normed=False) for use in USES if use.name in ("qkv", "fc1", "fc2"))
 IMAGES = (2, 32)  # one image and sixteen with their unconditional rows
 
 
@@ -298,7 +318,24 @@ def cases() -> list[Case]:
 
         return Case(f"{TYPES[dtype]} {use.name} {images}x256", TABLE, _sizes(use, images, 256, dtype), prepare)
 
-    return [case(use, images, dtype) for dtype in TYPES for images in IMAGES for use in USES]
+    found = [case(use, images, dtype) for dtype in TYPES for images in IMAGES for use in USES]
+    return found + [_float8_case(use, images) for images in IMAGES for use in FLOAT8_USES]
+
+
+def _float8_case(use: Use, images: int) -> Case:
+    def prepare(device: torch.device):
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device)
+
+        x, weight = (normal(*shape).to(FLOAT8) for shape in ((images, 256, use.inner), (use.outer, use.inner)))
+        scales = {"x_scale": normal(images, 256).abs(), "weight_scale": normal(use.outer).abs()}
+        bias, how = normal(use.outer).bfloat16(), {"activation": use.activation, "emit_moments": use.emits}
+        if use.residual:
+            how["residual"] = normal(images, 256, use.outer).bfloat16()
+        how |= {"out_dtype": torch.bfloat16, **scales}
+        return lambda config: fused_linear(x, weight, bias, **how, config=config)
+
+    return Case(f"fp8 {use.name} {images}x256", TABLE, _sizes(use, images, 256, FLOAT8), prepare, least=89)
 
 
 def _sizes(use: Use, images: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
@@ -320,26 +357,38 @@ def offline_variants(capability: int, every: bool = False) -> list[Variant]:
         for use, images, rows in shapes
         for config in TABLE.configs(capability, every, **_sizes(use, images, rows, dtype))
     ]
+    if capability >= 89:  # below there is no instruction for the type
+        found += [
+            _variant(use, FLOAT8, config)
+            for use in FLOAT8_USES
+            for images in IMAGES
+            for config in TABLE.configs(capability, every, **_sizes(use, images, 256, FLOAT8))
+        ]
     return list({variant.label: variant for variant in found}.values())
 
 
 def _variant(use: Use, dtype: torch.dtype, config: Config) -> Variant:
-    kind, folded = TYPES[dtype], use.normed and dtype != torch.float32
+    scaled = dtype == FLOAT8  # and everything beside the product in bfloat16
+    kind, folded = "bf16" if scaled else TYPES[dtype], use.normed and dtype != torch.float32
     config = config._replace(blocks=_whole(config, use.group))
     tensors = {"x": "fp32" if use.group else kind, "out": "fp32" if use.float_out else kind}
     tensors |= dict.fromkeys(("weight", "bias"), kind)
+    if scaled:
+        tensors |= dict.fromkeys(("x", "weight"), "fp8e4nv")
     optional = {
         "moments": ("fp32", use.normed),
         "colsum": ("fp32", folded),
         "lengths": ("i64", use.group is not None),
         "residual": (kind, use.residual),
+        "x_scale": ("fp32", scaled),
+        "weight_scale": ("fp32", scaled),
         "out_moments": ("fp32", use.emits),
     }
     tensors |= {name: of for name, (of, there) in optional.items() if there}
     integers = ("rows", "inner", "outer", "numbers", "bias_step", "pieces")
     return Variant(
         name="fused_linear",
-        dtype=kind,
+        dtype="fp8" if scaled else kind,
         shape=f"{use.name} {use.inner}->{use.outer}",
         config=config,
         kernel=fused_linear_kernel,

@@ -27,6 +27,7 @@ FULL = {
         ("--layer", layer, "--rows", rows) for layer in ("qkv", "proj", "fc1", "fc2") for rows in ("512", "8192")
     ),
     "gelu": (BF16,),
+    "quantize_rows": (("--layer", "fc1"), ("--layer", "fc2", "--rows", "8192", "--no-compile")),
     "relu_linear_attention": (BF16,),
     "sample_from_logits": (BF16,),
     "sample_tokens": (BF16, (*BF16, "--rows", "4096", "--no-compile")),
@@ -45,6 +46,7 @@ SMALL = {
     "gelu": ("--rows", "128", "--rounds", "3", "--no-compile"),
     "latent_noise": ("--rounds", "5", "--no-compile"),
     "place_tokens": ("--rounds", "5", "--no-compile"),
+    "quantize_rows": ("--rows", "32", "--width", "128", "--hidden", "512", "--rounds", "3", "--no-compile"),
     "relu_linear_attention": DECODER,
     "remask": ("--rounds", "5", "--no-compile"),
     "sample_from_logits": ("--rows", "8", "--codes", "512", "--rounds", "3", "--no-compile"),

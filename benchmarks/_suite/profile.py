@@ -9,9 +9,10 @@ def main() -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from dcar_fast.tuning import all_cases
+    from dcar_fast.tuning import all_cases, runnable
 
-    launches = [(str(named), named.case.prepare(torch.device("cuda"))) for named in all_cases()]
+    cases, device = all_cases(), torch.device("cuda")
+    launches = [(str(cases[n]), cases[n].case.prepare(device)) for n in runnable(cases, device)]
     for _, launch in launches:  # compiles
         launch(None)
     torch.cuda.synchronize()

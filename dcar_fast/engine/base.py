@@ -6,12 +6,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcar_fast.config import DCARConfig
+from dcar_fast.engine.graph import Graphs, cuda_recorder
 from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.noise import LatentNoise, TokenNoise
 
@@ -28,11 +30,28 @@ class Engine(ABC):
     def __init__(self, config: DCARConfig, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
         self.lock = threading.RLock()  # whoever samples holds it: what is kept between calls is shared
+        self.capture_failed: str | None = None  # and why
         self._first: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @abstractmethod
+    def constants(self, grid: tuple[int, int], length: int) -> Any:
+        """What a graph reads beside its inputs and the weights, and must keep alive."""
 
     def no_graph(self) -> str | None:
         """Why calls on this engine cannot be captured in a CUDA graph; None where they can."""
-        return "only Triton kernels are captured"
+        if self.device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, this is {self.device.type}"
+        return self.capture_failed
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The captured calls of all samplers on these weights; on a GPU only."""
+        return Graphs(cuda_recorder(self.device))
 
     @abstractmethod
     def read(self, states: Tensor, mask: Tensor) -> Any:

@@ -5,7 +5,7 @@
 
 FLOPs follow ``torch.utils.flop_counter``: matrix products, convolutions, attention; a multiply-add is 2. Launches are
 those of a GPU: what an op's Triton backend declares (``Backend.launches``), one for each operator of PyTorch that
-computes something, none for views and empty tensors.
+computes something and one more for the bias of a convolution, none for views and empty tensors.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class _Launches(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, name = func.namespace, func._schema.name.partition("::")[2]
         number: int | None = 0 if func.is_view or name in EMPTY else 1
+        if name == "convolution" and (*args[2:3], kwargs.get("bias"))[0] is not None:
+            number = 2  # PyTorch has cuDNN run without the bias and adds it afterwards
         if namespace == "dcar_fast":
             number = launches(name, *args, **kwargs)
         if number is None:
@@ -161,6 +163,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "gelu": _nothing,
     "latent_noise": _nothing,
     "place_tokens": _nothing,
+    "quantize_rows": _nothing,
     "relu_linear_attention": _relu_linear_attention,
     "remask": _nothing,
     "sample_from_logits": _nothing,

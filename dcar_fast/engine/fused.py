@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcar_fast.engine.base import Engine, layer_norm, take
 from dcar_fast.engine.fused_head import FusedHead
 from dcar_fast.engine.fused_text import NullTexts, TextReader, Texts
-from dcar_fast.engine.graph import Graphs, cuda_recorder
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.models.transformer import Block
@@ -56,17 +54,30 @@ class FusedBlock:
     def __init__(self, block: Block, dtype: torch.dtype, backend: str | None) -> None:
         attention, cross = block.self_attn, block.cross_attn
         self.heads, self.backend = attention.num_heads, backend
-        self.qkv, self.proj = Layer.of(attention.qkv, dtype, normed=True), Layer.of(attention.proj, dtype)
+        self.proj = Layer.of(attention.proj, dtype)
         norms = (attention.q_norm, attention.k_norm)
         self.norms = [t.detach().to(dtype) for norm in norms for t in (norm.weight, norm.bias)]
         self.cross_q, self.cross_proj = Layer.of(cross.q, dtype), Layer.of(cross.proj, dtype)
-        self.fc1, self.fc2 = Layer.of(block.mlp.fc1, dtype, normed=True), Layer.of(block.mlp.fc2, dtype)
         self.width = attention.proj.in_features
+        self.pack_large(attention.qkv, block.mlp.fc1, block.mlp.fc2, dtype)
+
+    def pack_large(self, qkv: nn.Linear, fc1: nn.Linear, fc2: nn.Linear, dtype: torch.dtype) -> None:
+        """The layers that :meth:`normed` and :meth:`plain` multiply with."""
+        self.qkv, self.fc1 = Layer.of(qkv, dtype, normed=True), Layer.of(fc1, dtype, normed=True)
+        self.fc2 = Layer.of(fc2, dtype)
+
+    def normed(self, stream: Stream, layer: Layer, **how):
+        """LayerNorm and a large layer."""
+        return self.linear(stream.x, layer, moments=stream.moments, **how)
+
+    def plain(self, x: Tensor, layer: Layer, **how):
+        """A large layer."""
+        return self.linear(x, layer, **how)
 
     def self_attention(self, stream: Stream) -> Tensor:
         """(R, N, D), before the output projection. Two launches, three where D is no multiple of 64."""
         whole = self.width % PIECE == 0  # else pieces of q, k and v overlap
-        found = self.linear(stream.x, self.qkv, moments=stream.moments, emit_moments=whole)
+        found = self.normed(stream, self.qkv, emit_moments=whole)
         qkv, moments = found if whole else (found, None)
         return self_attention(qkv, *self.norms, heads=self.heads, moments=moments, backend=self.backend)
 
@@ -85,10 +96,10 @@ class FusedBlock:
 
     def mlp(self, stream: Stream, last: bool) -> Stream:
         """Two launches."""
-        hidden = self.linear(stream.x, self.fc1, moments=stream.moments, activation="gelu")
+        hidden = self.normed(stream, self.fc1, activation="gelu")
         if last:
-            return Stream(self.linear(hidden, self.fc2, residual=stream.x), None)
-        return Stream(*self.linear(hidden, self.fc2, residual=stream.x, emit_moments=True))
+            return Stream(self.plain(hidden, self.fc2, residual=stream.x), None)
+        return Stream(*self.plain(hidden, self.fc2, residual=stream.x, emit_moments=True))
 
     def linear(self, x: Tensor, layer: Layer, **how):
         colsum = layer.colsum if how.get("moments") is not None else None
@@ -98,12 +109,13 @@ class FusedBlock:
 class FusedEngine(Engine):
     """Weights in ``dtype``; ``backend`` as in the ops, None for their own choice."""
 
+    block: type[FusedBlock] = FusedBlock
+
     def __init__(self, model: DCAR, dtype: torch.dtype, backend: str | None) -> None:
         super().__init__(model.config, dtype)
         self.backend = backend
-        self.capture_failed: str | None = None  # and why
         self.embedding = model.token_embedding.weight.detach().to(dtype)
-        self.blocks = [FusedBlock(block, dtype, backend) for block in model.blocks]
+        self.blocks = [self.block(block, dtype, backend) for block in model.blocks]
         self.reader = TextReader(model, dtype, backend)
         self.nulls = NullTexts(self.reader, model.null_text.detach().to(dtype))
         self.to_logits = Layer.of(model.to_logits, dtype)
@@ -152,18 +164,15 @@ class FusedEngine(Engine):
     ) -> Tensor:
         return self.head(condition, latent_init, latent, guidance=guidance, dialect=dialect, progress=progress)
 
-    def no_graph(self) -> str | None:
-        if self.embedding.device.type != "cuda":
-            return f"CUDA graphs need a CUDA device, this is {self.embedding.device.type}"
-        return super().no_graph() if self.backend == "reference" else self.capture_failed
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
 
-    @cached_property
-    def graphs(self) -> Graphs:
-        """The captured calls of all samplers on these weights; on a GPU only."""
-        return Graphs(cuda_recorder(self.embedding.device))
+    def no_graph(self) -> str | None:
+        reason = super().no_graph()
+        return "the reference is not captured" if reason is None and self.backend == "reference" else reason
 
     def constants(self, grid: tuple[int, int], length: int) -> tuple:
-        """What a graph reads beside its inputs and the weights, and must keep alive."""
         return self.positions(grid), self.nulls(length)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

@@ -61,6 +61,9 @@ class Recorder(ABC):
     def free(self) -> None:
         """Gives what dropped graphs held back to the device."""
 
+    def settle(self) -> None:  # noqa: B027 - optional: what replays at once has nothing to wait for
+        """Waits for all replays: their graph's buffers are about to become somebody else's memory."""
+
 
 class CudaRecorder(Recorder):
     """Captures with ``torch.cuda.CUDAGraph``, everything on one device and from one memory pool."""
@@ -93,16 +96,19 @@ class CudaRecorder(Recorder):
         return Captured(inputs, outputs, graph.replay)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a capture that broke: what it did may have kept torch from ending it, and then the allocator would go
-        on serving it, free nothing any more, and refuse the next capture in this pool."""
-        self._broken.append(graph)  # the allocator may still look at it
+        """After a capture that broke: torch may not have ended it, and then its allocator would go on serving it, free
+        nothing any more, and refuse the next capture in this pool."""
         index = torch.cuda.current_device()
         try:
             torch._C._cuda_endAllocateToPool(index, self.pool)
         except RuntimeError:
-            return  # the usual case: it has been ended
+            return  # it has been ended
         torch._C._cuda_releasePool(index, self.pool)
+        self._broken.append(graph)  # what serves pinned memory still looks at it
         self.pool = torch.cuda.graph_pool_handle()
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def replay(self, captured: Captured, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Copies, replays, copies, all on the current stream and after what another stream replayed before."""
@@ -154,7 +160,8 @@ class Graphs:
     ) -> tuple[Tensor, ...]:
         """``function(inputs)``, captured when ``key`` is new. The key must name everything that ``function`` depends on
         beside the values of the inputs, their shapes included. The results belong to the caller. kept: tensors that
-        ``function`` reads and that somebody else might let go.
+        ``function`` reads and that somebody else might let go; the function itself is not kept, for it may hold on to
+        the owner of these graphs.
 
         Where memory runs out, all graphs of the recorder are dropped and the capture is tried once more;
         ``torch.OutOfMemoryError`` if that fails too, with everything freed. ``CaptureError`` if the function does what
@@ -164,17 +171,20 @@ class Graphs:
             captured = self._captured.get(key)
             if captured is None:
                 captured = self._capture(key, function, inputs)
-                captured.kept = function, kept
+                captured.kept = kept
             self._captured.move_to_end(key)
             return self.recorder.replay(captured, inputs)
 
     def clear(self) -> None:
         """Drops all graphs and frees their memory."""
         with self.recorder.lock:
+            self.recorder.settle()
             self._captured.clear()
             self.recorder.free()
 
     def _capture(self, key: Hashable, function: Function, inputs: Mapping[str, Tensor]) -> Captured:
+        if len(self._captured) >= self.limit:
+            self.recorder.settle()
         while len(self._captured) >= self.limit:
             oldest, _ = self._captured.popitem(last=False)
             logger.info("the graph of %s makes room", oldest)
@@ -182,6 +192,7 @@ class Graphs:
         others = sum(len(user) for user in self.recorder.users)
         if captured is None and others:
             logger.warning("no memory to capture %s beside %d other graphs: they are dropped", key, others)
+            self.recorder.settle()
             for user in self.recorder.users:
                 user._captured.clear()
             self.recorder.free()
@@ -198,11 +209,22 @@ class Graphs:
         frames that held on to tensors."""
         try:
             return self.recorder.record(function, {name: value.clone() for name, value in inputs.items()}), ""
-        except RuntimeError as error:  # OutOfMemoryError is one; ending the broken capture may raise another over it
-            shortage = error if isinstance(error, torch.OutOfMemoryError) else error.__context__
-            if not isinstance(shortage, torch.OutOfMemoryError):
+        except RuntimeError as error:
+            shortage = _shortage(error)
+            if shortage is None:
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
             return None, str(shortage)
+
+
+def _shortage(error: BaseException | None) -> BaseException | None:
+    """Where memory ran out, in the error or below it: ending the broken capture may raise another one over it. Only
+    torch's allocator has a type for it; instantiating a graph, loading a kernel and cuBLAS say it in words."""
+    while error is not None:
+        words = ("out of memory", "STATUS_ALLOC_FAILED")
+        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+            return error
+        error = error.__context__
+    return None
 
 
 class GraphedFunction:

@@ -1,4 +1,5 @@
-"""The engine of CPUs, and of text masks with holes: oneDNN's packed linears, PyTorch's attention, any mask."""
+"""The engine on PyTorch's own products and attention: for CPUs, where oneDNN packs the linears, for text masks with
+holes, and on a GPU the one to compare the fused ops with."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from dcar_fast.engine.trunk import Text, Trunk
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.noise import LatentNoise, TokenNoise
-from dcar_fast.ops import latent_noise, sample_from_logits
+from dcar_fast.ops import latent_noise, sample_from_logits, sample_tokens
 from dcar_fast.reference.diffusion import diffusion_schedule
 
 ROWS = 1024  # positions whose logits exist at a time
@@ -30,13 +31,20 @@ class Texts(NamedTuple):
 
 
 class PackedEngine(Engine):
-    """Weights in ``dtype``, but the logits head in float32: a product in bfloat16 would round the logits too."""
+    """Weights in ``dtype``; on a CPU the logits head in float32, since a product in bfloat16 would round the logits."""
 
     def __init__(self, model: DCAR, dtype: torch.dtype) -> None:
         super().__init__(model.config, dtype)
         self.trunk = Trunk(model, dtype)
         self.head = Head(model.head, diffusion_schedule(model.config.head_steps), dtype)
-        self.to_logits = Linear.of(model.to_logits, torch.float32)
+        self.to_logits = Linear.of(model.to_logits, dtype if self.device.type == "cuda" else torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.embedding.device
+
+    def constants(self, grid: tuple[int, int], length: int) -> tuple:
+        return self.trunk.positions(grid), self.trunk.null(length)
 
     def read(self, states: Tensor, mask: Tensor) -> Texts:
         return Texts(self.trunk.read(states), self.trunk.null(mask.shape[1]), mask)
@@ -57,11 +65,15 @@ class PackedEngine(Engine):
         return self.trunk(ids, grid, [self.trunk.null(mask.shape[1])], mask, alike=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.to_logits(layer_norm(hidden.float()))
+        return self.to_logits(layer_norm(hidden.float()).to(self.to_logits.weight.dtype))
 
     def choose(
         self, cond: Tensor, uncond: Tensor | None, *, guidance: float, noise: Tensor | TokenNoise, **settings: float
     ) -> tuple[Tensor, Tensor]:
+        if self.device.type == "cuda":
+            cond, uncond = (x if x is None else layer_norm(x.float()) for x in (cond, uncond))
+            head = self.to_logits
+            return sample_tokens(cond, uncond, head.weight, head.bias, guidance=guidance, noise=noise, **settings)
         state = layer_norm(cond.float())  # (R, D)
         if uncond is not None:
             state = state + guidance * (state - layer_norm(uncond.float()))

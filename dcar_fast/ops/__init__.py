@@ -14,6 +14,7 @@ from dcar_fast.ops.fused_linear import fused_linear
 from dcar_fast.ops.gelu import gelu
 from dcar_fast.ops.latent_noise import latent_noise
 from dcar_fast.ops.place_tokens import place_tokens
+from dcar_fast.ops.quantize_rows import quantize_rows
 from dcar_fast.ops.relu_linear_attention import relu_linear_attention
 from dcar_fast.ops.remask import remask
 from dcar_fast.ops.sample_from_logits import sample_from_logits
@@ -41,6 +42,7 @@ __all__ = [
     "modulations",
     "pack_head",
     "place_tokens",
+    "quantize_rows",
     "relu_linear_attention",
     "remask",
     "report",

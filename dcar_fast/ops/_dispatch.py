@@ -21,6 +21,7 @@ import torch
 BACKENDS = ("cuda", "triton", "native", "reference")
 ENVIRONMENT = "DCAR_FAST_BACKEND"
 TRITON_CAPABILITY = (8, 0)
+FLOAT8_CAPABILITY = (8, 9)  # has instructions for it
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,25 @@ def triton_usable(device: torch.device) -> Usable:
     if capability < TRITON_CAPABILITY:
         return Usable(False, f"needs compute capability {TRITON_CAPABILITY}, {device} has {capability}")
     return Usable(True, "triton is installed")
+
+
+def float8_usable(device: torch.device) -> Usable:
+    """The judgement on a Triton kernel that reads or writes float8."""
+    usable = triton_usable(device)
+    if usable.ok and (capability := torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
+        return Usable(False, f"float8 needs compute capability {FLOAT8_CAPABILITY}, {device} has {capability}")
+    return usable
+
+
+def choose_float8(op: str, device: torch.device, backend: str | None) -> Backend:
+    """As :func:`choose`, for calls on float8 of an op that takes other types too: where a GPU lacks it "auto" takes the
+    reference, and a request for Triton is refused."""
+    chosen, usable = choose(op, device, backend), float8_usable(device)
+    if chosen.name != "triton" or usable.ok:
+        return chosen
+    if (requested() if backend is None else backend) == "auto":
+        return choose(op, device, "reference")
+    raise ValueError(f"backend is 'triton', which cannot run {op} on {device}: {usable.reason}")
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcar_fast.ops._attention import check_type
+from dcar_fast.ops._attention import KERNEL_TYPES, check_type
 from dcar_fast.ops._checks import (
     check_int64,
     check_moments,
@@ -15,12 +15,21 @@ from dcar_fast.ops._checks import (
     check_tensor,
     check_values,
 )
-from dcar_fast.ops._dispatch import Backend, choose_for, current, everywhere, register, triton_usable
+from dcar_fast.ops._dispatch import (
+    Backend,
+    choose_float8,
+    choose_for,
+    current,
+    everywhere,
+    register,
+    triton_usable,
+)
 from dcar_fast.ops._library import define
 from dcar_fast.reference import fused_linear as reference
 from dcar_fast.reference._moments import PIECE
 
 GROUPS = (16, 32, 64)
+FLOAT8 = torch.float8_e4m3fn
 
 
 def fused_linear(
@@ -37,6 +46,8 @@ def fused_linear(
     residual: Tensor | None = None,
     emit_moments: bool = False,
     out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(f(x) W^T + bias) + residual: (B, N, V) in ``out_dtype``, contiguous; with ``emit_moments`` also its moments.
@@ -59,18 +70,25 @@ def fused_linear(
       float32, and 0 in the others, so that length 0 gives zeros. K is a multiple of T. x may also be float32. With
       scores = fused_linear(x, keys, out_dtype=torch.float32) this is attention with absorbed projections.
 
+    In float8_e4m3fn, both x and weight (V, K), ``x_scale`` (B, N) and ``weight_scale`` (V,) float32 multiply the sums of
+    their row: act(x_scale weight_scale x W^T + bias) + residual, without moments and lengths. bias and residual are of
+    ``out_dtype`` then, bfloat16 by default, float16 or float32. See ``quantize_rows``. The kernel needs a GPU of compute
+    capability 8.9; elsewhere the reference multiplies what the values stand for in float32. Hopper's matrix
+    instructions keep about 14 bits while they add up 128 products, the sums of these are float32.
+
     Formula: ``reference/fused_linear.py``. Inference only. ``backend``: see ``_dispatch.choose``. Raises ValueError,
     before any work, for what does not fit together, for inputs that ask for a gradient, and for lengths outside 0..T.
     On a GPU looking at those would mean waiting for it: there the nearest of 0..T counts.
     """
-    _check_linear(x, weight, bias, residual, lengths)
+    kind = _checked_scales(x, weight, x_scale, weight_scale, moments, lengths, out_dtype)
+    _check_linear(x, weight, bias, residual, lengths, kind)
     _check_moments(moments, colsum, eps, x, weight)
     _check_lengths(lengths, group, moments, x)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, allowed are {', '.join(map(repr, reference.ACTIVATIONS))}")
     if out_dtype is None:
-        out_dtype = weight.dtype
-    elif out_dtype not in (weight.dtype, torch.float32):
+        out_dtype = kind
+    elif out_dtype not in (kind, torch.float32):
         raise ValueError(f"out_dtype is {out_dtype}, allowed are the type of weight, {weight.dtype}, and torch.float32")
     check_no_grad("fused_linear", x=x, weight=weight, bias=bias, residual=residual)
     y, emitted = _fused_linear(
@@ -86,16 +104,53 @@ def fused_linear(
         residual,
         bool(emit_moments),
         out_dtype,
+        x_scale,
+        weight_scale,
         backend,
     )
     return (y, emitted) if emit_moments else y
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, lengths: object) -> None:
+def _checked_scales(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    moments: Tensor | None,
+    lengths: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """The type of bias and residual: the weight's own, but with float8."""
+    scaled = isinstance(weight, Tensor) and weight.dtype == FLOAT8
+    for name, scale in (("x_scale", x_scale), ("weight_scale", weight_scale)):
+        if not scaled and scale is not None:
+            raise ValueError(f"{name} is given, allowed is None unless weight is {FLOAT8}")
+    if not scaled:
+        return weight.dtype if isinstance(weight, Tensor) else torch.float32
+    for name, other in (("moments", moments), ("lengths", lengths)):
+        if other is not None:
+            raise ValueError(f"{name} is given, allowed is None with {FLOAT8}")
+    check_tensor("x", x, ("B", "N", "K"))
+    check_tensor("weight", weight, ("V", x.shape[2]))
+    for name, scale, shape in (("x_scale", x_scale, x.shape[:2]), ("weight_scale", weight_scale, weight.shape[:1])):
+        check_tensor(name, scale, shape)
+        assert isinstance(scale, Tensor)
+        if scale.dtype != torch.float32:
+            raise ValueError(f"{name} is {scale.dtype}, allowed is torch.float32")
+        check_same_device("x", x, name, scale)
+    if out_dtype is not None and out_dtype not in KERNEL_TYPES:
+        raise ValueError(f"out_dtype is {out_dtype}, allowed are {', '.join(map(str, KERNEL_TYPES))}")
+    return out_dtype or torch.bfloat16
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, lengths: object, kind: torch.dtype
+) -> None:
     check_tensor("x", x, ("B", "N", "K"))
     several = isinstance(weight, Tensor) and weight.dim() == 3
     check_tensor("weight", weight, ("G", "V", x.shape[2]) if several else ("V", x.shape[2]))
-    check_type("weight", weight)
+    if weight.dtype != FLOAT8:
+        check_type("weight", weight)
     if 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, allowed are sizes of at least 1")
     if x.dtype != weight.dtype and (lengths is None or x.dtype != torch.float32):
@@ -106,15 +161,16 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     if bias is not None:
         own = several and isinstance(bias, Tensor) and bias.dim() == 2
         check_tensor("bias", bias, (weight.shape[0], outer) if own else (outer,))
-        _check_alike("bias", bias, weight)
+        _check_alike("bias", bias, weight, kind)
     if residual is not None:
         check_tensor("residual", residual, (*x.shape[:2], outer))
-        _check_alike("residual", residual, weight)
+        _check_alike("residual", residual, weight, kind)
 
 
-def _check_alike(name: str, value: Tensor, weight: Tensor) -> None:
-    if value.dtype != weight.dtype:
-        raise ValueError(f"{name} is {value.dtype}, allowed is the type of weight, {weight.dtype}")
+def _check_alike(name: str, value: Tensor, weight: Tensor, kind: torch.dtype) -> None:
+    if value.dtype != kind:
+        of = "weight" if weight.dtype == kind else "the result"
+        raise ValueError(f"{name} is {value.dtype}, allowed is the type of {of}, {kind}")
     check_same_device("x", weight, name, value)
 
 
@@ -161,11 +217,16 @@ def _run(
     residual: Tensor | None,
     emit_moments: bool,
     out_dtype: torch.dtype,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     if lengths is not None:
         check_values("lengths", lengths, group)
-    run = choose_for("fused_linear", weight, backend).run
+    if x_scale is None:
+        run = choose_for("fused_linear", weight, backend).run
+    else:
+        run = choose_float8("fused_linear", weight.device, backend).run
     result = run(
         x,
         weight,
@@ -179,6 +240,8 @@ def _run(
         residual=residual,
         emit_moments=emit_moments,
         out_dtype=out_dtype,
+        x_scale=x_scale,
+        weight_scale=weight_scale,
     )
     return result if emit_moments else (result, _no_moments(result))
 
@@ -188,7 +251,7 @@ def _no_moments(y: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    *_, emit_moments, out_dtype, _ = others
+    *_, emit_moments, out_dtype, _, _, _ = others
     y = x.new_empty(*x.shape[:2], weight.shape[-2], dtype=out_dtype)
     if not emit_moments:
         return y, _no_moments(y)
@@ -198,8 +261,8 @@ def _fake(x: Tensor, weight: Tensor, *others: object) -> tuple[Tensor, Tensor]:
 
 _fused_linear = define(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? moments, Tensor? colsum, float eps, Tensor? lengths,"
-    " int? group, str activation, Tensor? residual, bool emit_moments, ScalarType out_dtype, str? backend)"
-    " -> (Tensor, Tensor)",
+    " int? group, str activation, Tensor? residual, bool emit_moments, ScalarType out_dtype,"
+    " Tensor? x_scale, Tensor? weight_scale, str? backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -24,11 +24,16 @@ def fused_linear(
     residual: Tensor | None = None,
     emit_moments: bool = False,
     out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(f(x) W^T + bias) + residual (B, N, V), and its row moments if ``emit_moments``; see ``ops/fused_linear.py``.
 
     Computed in float32, or in float64 if given float64, and rounded once, to ``out_dtype`` or the type of ``weight``.
+    With scales x and weight are multiplied by them first.
     """
+    if x_scale is not None:
+        x, weight = x.to(x_scale.dtype) * x_scale[..., None], weight.to(x_scale.dtype) * weight_scale[:, None]
     wide = torch.promote_types(weight.dtype, torch.float32)
     f = x.to(wide)
     if moments is not None:

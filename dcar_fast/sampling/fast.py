@@ -15,7 +15,6 @@ from dcar_fast.config import SamplingConfig
 from dcar_fast.engine import buckets
 from dcar_fast.engine.base import Engine
 from dcar_fast.engine.choice import Choice
-from dcar_fast.engine.fused import FusedEngine
 from dcar_fast.engine.graph import CaptureError
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.noise import CounterNoise, Noise
@@ -38,10 +37,11 @@ class FastSampler:
     within rounding. The packed weights follow the model: they are made anew when its parameters change, and all
     samplers of a model share them.
 
-    backend: "auto" takes the fused ops' Triton kernels on a GPU and packed linears on a CPU; "triton", "native" and
-    "reference" (the fused ops in plain PyTorch) insist. dtype: of trunk and head, by default the model's; the sampling
-    arithmetic is float32. cuda_graph: "auto" captures the whole of a call in a CUDA graph where that is possible and
-    says once in the log where it is not; True insists, False never does. ``ValueError`` for what cannot be.
+    backend: "triton" is the fused ops' kernels, "native" PyTorch's matrix products (packed by oneDNN on a CPU) and
+    attention, "reference" the fused ops in plain PyTorch; "auto" takes "triton" on a GPU that can, else "native".
+    dtype: of trunk and head, by default the model's; the sampling arithmetic is float32. cuda_graph: "auto" captures
+    the whole of a call in a CUDA graph where that is possible and says once in the log where it is not; True insists,
+    False never does. ``ValueError`` for what cannot be.
 
     A graph serves a bucket: 1, 2, 4, 8 or 16 images, prompts of up to 32, 64, 128 or all tokens, one grid and one
     config. It is captured when it is first needed, which takes seconds; see :meth:`warmup`.
@@ -166,7 +166,7 @@ class FastSampler:
             self._said.add(reason)
             logger.info("sampling without a CUDA graph: %s", reason)
 
-    def _graphed(self, engine: FusedEngine, request: Request, lengths: list[int]) -> Sample:
+    def _graphed(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
         """The call in pieces of a bucket each."""
         samples = [
             self._replay(engine, _part(request, images), lengths[images]) for images in buckets.parts(request.batch)
@@ -176,7 +176,7 @@ class FastSampler:
         ids, residual = (torch.cat(parts) for parts in zip(*((s.ids, s.residual) for s in samples), strict=True))
         return Sample(ids, residual)
 
-    def _replay(self, engine: FusedEngine, request: Request, lengths: list[int]) -> Sample:
+    def _replay(self, engine: Engine, request: Request, lengths: list[int]) -> Sample:
         """At most sixteen images: padded to their bucket, and cut off again."""
         batch, images = request.batch, buckets.batch_bucket(request.batch)
         length = buckets.length_bucket(max(lengths), self.model.config.text_length)
@@ -196,7 +196,7 @@ class FastSampler:
             return found.ids, found.residual
 
         key = (self.config, request.grid, images, length)
-        kept = engine.constants(request.grid, length)
+        kept = engine.constants(request.grid, length), counts
         ids, residual = engine.graphs.run(key, sample, inputs, kept)
         return Sample(ids[:batch], residual[:batch])
 

@@ -76,11 +76,13 @@ def sampling(length: int, batch: int = 1, backend: str = "reference", case: str 
 
 
 @cache
-def decoding() -> Counts:
+def decoding(backend: str = "auto") -> Counts:
+    """Of a call in steady state. Ops that are asked for by name are those that run on a GPU, as above."""
     with torch.device("meta"):
         tokenizer = DCHT(FULL.tokenizer).to(torch.bfloat16).eval().requires_grad_(False)
-        decoder = FastDecoder(tokenizer)
+        decoder = FastDecoder(tokenizer, backend=backend)
         ids, residual = torch.zeros(1, 16, 16, dtype=torch.int64), torch.empty(1, N, C)
+        decoder.decode_tokens(ids, residual)
         return count(lambda: decoder.decode_tokens(ids, residual))
 
 
@@ -176,9 +178,40 @@ def test_launches_of_an_image(length: int) -> None:
     assert counts.by_op["denoise_step"] == 32 * 14
 
 
-def test_launches_of_the_decoder_are_declared() -> None:
+def test_launches_of_the_decoder() -> None:
+    """15 fewer where cuDNN fuses the residual blocks' first convolution, bias and ReLU."""
+    counts, tokenizer = decoding("reference"), FULL.tokenizer
+    residual_blocks, attention_blocks = 5 + 10, 2 + 2 + 2
+    assert tokenizer.decoder_depths == (0, 5, 10, 2, 2, 2) and tokenizer.blocks[:3] == ("res",) * 3
+    upsamplings = len(tokenizer.widths) - 1
+    convolutions = 1 + 2 * residual_blocks + 4 * attention_blocks + upsamplings
+    biases = attention_blocks + upsamplings  # nothing that has not its own op follows these
+    assert counts.by_op == {
+        "convolution": convolutions + biases,
+        "bias_residual": 1 + 2 * residual_blocks,
+        "channel_norm": 2 * attention_blocks + 1,
+        "relu_linear_attention": 2 * attention_blocks,
+        "depthwise_gate": attention_blocks,
+        "upsample_shortcut": upsamplings - 1,
+        "add_residual": 1,
+        "_to_copy": 1,  # the latents to channels_last
+        "clone": 2,  # the latents' channels repeated, the image to channels_last
+        "pixel_shuffle": 1,
+    }
+    assert counts.launches == 142 and counts.undeclared == set() and counts.no_formula == set()
+
+
+def test_launches_of_the_decoder_without_ops_are_declared() -> None:
     counts = decoding()
     assert counts.undeclared == set() and counts.no_formula == set()
+    assert counts.flops == decoding("reference").flops
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_adds_its_bias_in_a_launch_of_its_own(bias: bool) -> None:
+    with torch.device("meta"):
+        conv, x = torch.nn.Conv2d(3, 5, 3, bias=bias), torch.empty(1, 3, 9, 9)
+        assert count(lambda: conv(x)).launches == 1 + bias
 
 
 def test_every_op_has_a_formula() -> None:

@@ -14,6 +14,7 @@ from dcar_fast.config import preset
 from dcar_fast.engine import decoder_conv
 from dcar_fast.engine.decoder import FastDecoder
 from dcar_fast.engine.decoder_winograd import transformed, winograd
+from dcar_fast.models.autoencoder import ResBlock
 from dcar_fast.models.tokenizer import DCHT
 from tests.engine.decoder_cases import CONFIGS, eager, latents, tokenizer, truth
 from tests.tolerance import check_close
@@ -212,6 +213,38 @@ def test_without_what_some_machines_lack(missing: str, monkeypatch: pytest.Monke
     model = tokenizer("wide", seed=3)
     x = latents(model, 2, 3, 4)
     check_close(FastDecoder(model).decode(x), model.decode(x), truth(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_convolutions_of_a_gpu(model: DCHT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their biases, and one op for what follows; only where that op was chosen."""
+    monkeypatch.setattr(decoder_conv, "_takes_winograd", lambda *_: False)
+    monkeypatch.setattr(decoder_conv, "_onednn_packs", lambda *_: False)
+    calls, original = [], decoder_conv.ops.bias_residual
+
+    def spy(x: torch.Tensor, bias: torch.Tensor, **options) -> torch.Tensor:
+        calls.append((options["activation"], options["residual"] is not None))
+        return original(x, bias, **options)
+
+    monkeypatch.setattr(decoder_conv.ops, "bias_residual", spy)
+    x = latents(model, 2, 3, 2)
+    got = FastDecoder(model, dtype, backend="reference").decode(x)
+    check_close(got, eager(model, x, dtype), truth(model, x))
+
+    blocks = [m for m in model.decoder.modules() if isinstance(m, ResBlock)]
+    acts = ["relu" if isinstance(block.act, nn.ReLU) else "silu" for block in blocks]
+    folded = sum(isinstance(m, nn.BatchNorm2d) for m in model.decoder.modules())
+    assert sorted(calls) == sorted([(act, False) for act in acts] + [("none", True)] * (folded + 1))
+    calls.clear()
+    FastDecoder(model, dtype).decode(x)
+    assert not calls
+
+
+def test_the_convolutions_have_every_end() -> None:
+    """What the test above relies on."""
+    blocks = [m for name in CONFIGS for m in tokenizer(name).decoder.modules() if isinstance(m, ResBlock)]
+    assert {type(block.act) for block in blocks} == {nn.ReLU, nn.SiLU}
+    assert {type(block.norm) for block in blocks} >= {nn.BatchNorm2d}
 
 
 def test_the_wide_model_takes_every_way(monkeypatch: pytest.MonkeyPatch) -> None:

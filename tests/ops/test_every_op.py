@@ -59,6 +59,7 @@ def calls() -> dict[str, Callable[..., object]]:
         "place_tokens": lambda **how: ops.place_tokens(
             torch.full((2, 4), 9), None, ids, normals(2, 4), torch.tensor([1, 2]), 9, **placing, **how
         ),
+        "quantize_rows": lambda **how: ops.quantize_rows(normals(2, 9, 80), **how),
         "relu_linear_attention": lambda **how: ops.relu_linear_attention(normals(2, 96, 6, 6), **how),
         "remask": lambda **how: ops.remask(ids, normals(2, 4), torch.tensor([1, 2]), 9, **how),
         "sample_from_logits": lambda **how: ops.sample_from_logits(

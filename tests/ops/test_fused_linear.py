@@ -256,9 +256,9 @@ def test_opcheck() -> None:
     x, (weight, bias) = normals(2, 5, 32), layer(70, 32, torch.float32, 2)
     operator, lengths = torch.ops.dcar_fast.fused_linear.default, torch.tensor([3, 16])
     residual = normals(2, 5, 70)
-    rest = ("gelu", residual, True, torch.float32, None)
+    rest = ("gelu", residual, True, torch.float32, None, None, None)
     torch.library.opcheck(operator, (x, weight, bias, None, None, 1e-6, lengths, 16, *rest))
-    rest = ("none", None, False, torch.float32, None)
+    rest = ("none", None, False, torch.float32, None, None, None)
     torch.library.opcheck(operator, (x, weight, None, row_moments(x), weight.sum(-1), 1e-6, None, None, *rest))
 
 

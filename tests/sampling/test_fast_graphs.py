@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dcar_fast.config import DCARConfig, SamplingConfig
+from dcar_fast.engine.base import Engine
 from dcar_fast.engine.fused import FusedEngine
 from dcar_fast.engine.graph import CaptureError, Graphs
+from dcar_fast.engine.packed import PackedEngine
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.noise import TorchNoise
 from dcar_fast.sampling import FastSampler, Known, ReferenceSampler
@@ -58,22 +60,23 @@ def prompts(lengths: list[int], seed: int = 0, longest: int | None = None) -> tu
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    """Lets the fused engine capture on a CPU; the recorders made on the way."""
+    """Lets the engines capture on a CPU; the recorders made on the way."""
     made: list[Recorder] = []
 
-    def graphs(engine: FusedEngine) -> Graphs:
+    def graphs(engine: Engine) -> Graphs:
         if "fake" not in vars(engine):
             made.append(Recorder())
             vars(engine)["fake"] = Graphs(made[-1], limit=3)
         return vars(engine)["fake"]
 
-    monkeypatch.setattr(FusedEngine, "graphs", property(graphs))
-    monkeypatch.setattr(FusedEngine, "no_graph", lambda engine: engine.capture_failed)
+    for kind in (FusedEngine, PackedEngine):
+        monkeypatch.setattr(kind, "graphs", property(graphs))
+        monkeypatch.setattr(kind, "no_graph", lambda engine: engine.capture_failed)
     return made
 
 
 def fast(model: DCAR = MODEL, **options) -> FastSampler:
-    return FastSampler(model, options.pop("config", SAMPLING), backend="reference", **options)
+    return FastSampler(model, options.pop("config", SAMPLING), options.pop("backend", "reference"), **options)
 
 
 def check(found, expected) -> None:
@@ -82,13 +85,14 @@ def check(found, expected) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[5], [0], [20, 3], [48, 1, 33], [7] * 5, [*range(17)], [30] * 35])
-def test_padding_and_parts_change_nothing(lengths: list[int], captures) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_padding_and_parts_change_nothing(lengths: list[int], backend: str, captures) -> None:
     model = copy.deepcopy(MODEL)
     seeds = [2**40 + 3 * i for i in range(len(lengths))]
     states, mask = prompts(lengths, longest=48)
     expected = ReferenceSampler(model, SAMPLING)(states, mask, seeds)
     for given in (None, lengths):
-        check(fast(model)(states, mask, seeds, lengths=given), expected)
+        check(fast(model, backend=backend)(states, mask, seeds, lengths=given), expected)
     assert len(captures) == 1 and captures[0].recorded >= 1, "it was captured"
 
 
@@ -230,7 +234,7 @@ def test_no_memory_leaves_a_sampler_that_works_on_less(captures) -> None:
 def test_without_a_gpu_insisting_is_an_error() -> None:
     with pytest.raises(ValueError, match="cuda_graph is True, but CUDA graphs need a CUDA device, this is cpu"):
         fast(cuda_graph=True)(*prompts([4]), 1)
-    with pytest.raises(ValueError, match="cuda_graph is True, but only Triton kernels are captured"):
+    with pytest.raises(ValueError, match="cuda_graph is True, but CUDA graphs need a CUDA device, this is cpu"):
         FastSampler(MODEL, SAMPLING, cuda_graph=True)(*prompts([4]), 1)
     assert fast().warmup() == []
 
@@ -245,11 +249,12 @@ def on_gpu(dtype: torch.dtype) -> DCAR:
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 16, 19])
 @pytest.mark.parametrize("length", [20, 40])
-def test_replays_equal_eager_calls(batch: int, length: int) -> None:
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_replays_equal_eager_calls(batch: int, length: int, backend: str) -> None:
     model = on_gpu(torch.float32)
     states, mask = (t.cuda() for t in prompts([length] * batch))
-    eager = FastSampler(model, SAMPLING, backend="triton", cuda_graph=False)(states, mask, 7)
-    sampler = FastSampler(model, SAMPLING, backend="triton", cuda_graph=True)
+    eager = FastSampler(model, SAMPLING, backend, cuda_graph=False)(states, mask, 7)
+    sampler = FastSampler(model, SAMPLING, backend, cuda_graph=True)
     first, again, other = sampler(states, mask, 7), sampler(states, mask, 7), sampler(states, mask, 8)
     assert torch.equal(first.ids, again.ids) and torch.equal(first.residual, again.residual)
     assert torch.equal(first.ids, eager.ids) and error(first.residual, eager.residual) < 1e-3
