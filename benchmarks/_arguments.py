@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from _report import note
-from _work import DTYPES, KINDS, RowSpec, Workload
+from _work import DTYPES, FAST_DTYPES, KINDS, RowSpec, Workload
 
 PRESETS = ("shapes", "dc-ar-256", "dc-ar-512", "dc-ar-1024")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PROMPT_TOKENS = 64
-ROW_FORMS = "eager[-DTYPE], compile[-DTYPE][:MODE] and fast[-DTYPE]"
+ROW_FORMS = "eager[-DTYPE], compile[-DTYPE][:MODE], fast[-DTYPE] and fast-fp8"
 CPU_ROWS = ("eager-float32", "eager-bfloat16", "fast-float32", "fast-bfloat16")
 GPU_ROWS = (*CPU_ROWS, "compile-bfloat16:max-autotune")
 
@@ -126,7 +126,8 @@ def parse(benchmark: str, batch: int, description: str, arguments: Sequence[str]
         metavar="ROW",
         help=f"{ROW_FORMS} with DTYPE in float32, bfloat16, float16 and MODE in {', '.join(COMPILE_MODES)}; eager: the "
         "reference (in float32 what the released code runs), compile: the same through torch.compile, fast: what "
-        f"users get; default: {' '.join(CPU_ROWS)}, on a GPU also {GPU_ROWS[-1]}",
+        "users get, fast-fp8: the same with float8, on GPUs that have it; default: "
+        f"{' '.join(CPU_ROWS)}, on a GPU also {GPU_ROWS[-1]}",
     )
     parser.add_argument(
         "--compile-mode", choices=COMPILE_MODES, help="for compile rows without :MODE (GPU: max-autotune, CPU: default)"
@@ -246,7 +247,8 @@ def parse_row(parser: argparse.ArgumentParser, name: str, only: str | None, defa
     """KIND[-DTYPE][:MODE]; ``only``: the one dtype that is allowed."""
     base, colon, mode = name.partition(":")
     kind, dash, dtype = base.partition("-")
-    if kind not in KINDS or (dash and dtype not in DTYPES) or (colon and mode not in COMPILE_MODES):
+    dtypes = FAST_DTYPES if kind == "fast" else DTYPES
+    if kind not in KINDS or (dash and dtype not in dtypes) or (colon and mode not in COMPILE_MODES):
         parser.error(f"argument --rows: unknown row {name!r}; rows are {ROW_FORMS}")
     if colon and kind != "compile":
         parser.error(f"argument --rows: {name!r} names a compile mode for a row of kind {kind}")

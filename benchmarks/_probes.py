@@ -36,7 +36,7 @@ def logits_on(
     device, batch = pipeline.device, len(ids)
     text, ids = text_of(states, device), ids.to(device)
     if pipeline.engine == "fast":
-        run = FastSampler(pipeline.generator, ONE_STEP)
+        run = FastSampler(pipeline.generator, ONE_STEP, dtype=pipeline.sampler_dtype)
         sample = run(text.states, text.mask, seeds, known=Known(ids), grid=grid, trace=True, lengths=text.lengths)
         logits = sample.trace[0].logits
     else:

@@ -98,7 +98,8 @@ def print_tables(results: list[dict[str, Any]], settings: Any) -> None:
         for remark in r["remarks"]:
             print(f"{r['name']} remarks: {remark}")
     memory = (
-        "peak memory: torch.cuda.max_memory_allocated of each row's own process during the timed runs"
+        "peak memory: torch.cuda.max_memory_allocated of each row's own process during the timed runs, and"
+        " what its CUDA graphs work in"
         if work.device != "cpu"
         else "peak memory: largest resident set of each row's own process during the timed runs, libraries included"
     )

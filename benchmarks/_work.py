@@ -7,6 +7,7 @@ import string
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16", "float16")  # names of torch's
+FAST_DTYPES = (*DTYPES, "fp8")  # float8_e4m3fn in the sampler's large layers, bfloat16 in all else
 KINDS = ("eager", "compile", "fast")
 
 
@@ -15,7 +16,7 @@ class RowSpec:
     """What a row runs.
 
     kind: "eager" (the reference as it is), "compile" (the reference through torch.compile) or "fast" (the fast sampler
-    and decoder, what users get). dtype: its name. mode: torch.compile's, "" for the others.
+    and decoder, what users get). dtype: its name, of ``FAST_DTYPES`` for the fast kind. mode: torch.compile's, "" for the others.
     """
 
     kind: str
@@ -25,6 +26,11 @@ class RowSpec:
     @property
     def name(self) -> str:
         return f"{self.kind}-{self.dtype}" + (f":{self.mode}" if self.mode not in ("", "default") else "")
+
+    @property
+    def base_dtype(self) -> str:
+        """The pipeline's."""
+        return "bfloat16" if self.dtype == "fp8" else self.dtype
 
     @property
     def engine(self) -> str:

@@ -34,8 +34,10 @@ class Stages:
 
     The models must fit together (``ValueError``); the tokenizer gets the fast nearest-code lookup. trained: whether the
     weights mean anything; untrained ones are announced once. engine: what samples and decodes, "fast" or the plain
-    modules, "reference"; it can be changed at any time.
+    modules, "reference"; it can be changed at any time, and so can ``sampler_dtype``.
     """
+
+    _sampler_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -77,6 +79,17 @@ class Stages:
         self._engine = check_engine(engine)
 
     @property
+    def sampler_dtype(self) -> torch.dtype | None:
+        """The precision of the fast engine's sampler, by default None, the pipeline's own; see :class:`FastSampler`.
+        torch.float8_e4m3fn needs a GPU that has it. ``ValueError`` for what cannot run where the pipeline is."""
+        return self._sampler_dtype
+
+    @sampler_dtype.setter
+    def sampler_dtype(self, dtype: torch.dtype | None) -> None:
+        FastSampler(self.generator, dtype=dtype)  # checks it
+        self._sampler_dtype = dtype
+
+    @property
     def device(self) -> torch.device:
         return self.generator.token_embedding.weight.device
 
@@ -106,11 +119,15 @@ class Stages:
         known: Known | None = None,
         progress: Progress | None = None,
     ) -> Sample:
-        """Token ids and residuals for encoded prompts; see :class:`dcar_fast.sampling.ReferenceSampler`."""
+        """Token ids and residuals for encoded prompts; see :class:`dcar_fast.sampling.ReferenceSampler`. ``ValueError``
+        under the reference engine while ``sampler_dtype`` is set, which it does not have."""
         options = {"known": known, "grid": grid, "progress": progress}
         if self.engine == "reference":
+            if self.sampler_dtype is not None:
+                raise ValueError(f"sampler_dtype is {self.sampler_dtype}, which engine 'reference' does not have")
             return ReferenceSampler(self.generator, sampling)(text.states, text.mask, noise, **options)
-        return FastSampler(self.generator, sampling)(text.states, text.mask, noise, lengths=text.lengths, **options)
+        sampler = FastSampler(self.generator, sampling, dtype=self.sampler_dtype)
+        return sampler(text.states, text.mask, noise, lengths=text.lengths, **options)
 
     @torch.no_grad()
     def decode(self, sample: Sample, grid: tuple[int, int]) -> Tensor:

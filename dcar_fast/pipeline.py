@@ -308,7 +308,10 @@ class DCARPipeline(Stages):
     def _settings(self, config: SamplingConfig, grid: tuple[int, int]) -> dict[str, Any]:
         height, width = (side * self.config.tokenizer.compression for side in grid)
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**config.to_dict(), "height": height, "width": width, "dtype": dtype}
+        settings = {**config.to_dict(), "height": height, "width": width, "dtype": dtype}
+        if self.sampler_dtype is not None:
+            settings["sampler_dtype"] = str(self.sampler_dtype).removeprefix("torch.")
+        return settings
 
     @staticmethod
     def _cut(result: Image.Image, image: Image.Image) -> Image.Image:

@@ -37,7 +37,7 @@ def tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
 
 
 HALF = {"bytes": 2}  # size of a weight
-EXACT_EVERY = tl.constexpr(128)  # products of float8 between moves to float32 sums: BLOCK_K where it is as deep
+EXACT_EVERY = tl.constexpr(128)  # at most as many products of float8 are added up before a move to float32 sums
 
 
 def rules(softmax: Config, wide: Config) -> tuple[Rule, ...]:
@@ -153,7 +153,7 @@ def fused_linear_kernel(
         if moments is not None and colsum is None:
             a = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
         if x_scale is not None:
-            y = tl.dot(a, b, y, max_num_imprecise_acc=EXACT_EVERY)
+            y = tl.dot(a, b, y, max_num_imprecise_acc=BLOCK_K if BLOCK_K < EXACT_EVERY else EXACT_EVERY)
         else:
             y = tl.dot(a.to(kind), b, y, input_precision="tf32x3")
 

@@ -156,3 +156,12 @@ def test_compare_names_broken_rows_and_missing_files(latency, tmp_path):
         assert done.returncode == 1 and message in done.stderr, done.stderr
     done = run("compare.py", tmp_path / "missing.json", latency[1])
     assert done.returncode == 1 and "missing.json cannot be read: No such file" in done.stderr
+
+
+def test_graphs_count_what_they_work_in(module) -> None:
+    def segment(total: int, allocated: int, **pool: object) -> dict[str, object]:
+        return {"total_size": total, "allocated_size": allocated, **pool}
+
+    ours, torchs = segment(100, 30, segment_pool_id=(0, 7)), segment(1000, 10, segment_pool_id=(0, 0))
+    graph_memory = module("_session").graph_memory
+    assert graph_memory([ours, torchs, segment(5000, 1)]) == 70 and graph_memory([]) == 0

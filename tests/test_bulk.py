@@ -470,7 +470,7 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     runs = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = tmp_path / number.name
-        line = [sys.executable, *command(tmp_path, "-o", str(folder), "--batch-size", "1", "--num-steps", "24")]
+        line = [sys.executable, *command(tmp_path, "-o", str(folder), "--batch-size", "1", "--num-steps", "256")]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         runs[number] = folder, subprocess.Popen(line, env=ENVIRONMENT, text=True, **pipes)
     waiting, deadline = dict(runs), time.monotonic() + 100
@@ -482,7 +482,7 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
                 del waiting[number]
         time.sleep(0.01)
     for folder, run in runs.values():
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=120)
         assert run.returncode == 130 and err.rstrip().endswith("dcar-fast: interrupted"), err
         left = contents(folder)
         assert 1 <= len(left) < len(PROMPTS) and set(left) <= set(FILES)

@@ -93,7 +93,7 @@ def test_a_stopped_suite_leaves_what_was_done(tmp_path: Path, number: signal.Sig
             break
     time.sleep(0.5)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130, errors
     assert "stopped; what was done is kept" in errors
     summary = read(out)
@@ -281,6 +281,44 @@ def test_judging_tests(module, tmp_path: Path) -> None:
     assert judge(done(module, "Killed", code=137), file).reason == "pytest left no report: exit status 137: Killed"
 
 
+def test_judging_tests_of_several_processes(module, tmp_path: Path) -> None:
+    judge, file = module("_suite.judge").tests, tmp_path / "junit.xml"
+    assert judge(done(module, "Killed", code=137), file).reason == "pytest left no report: exit status 137: Killed"
+    for share, text in enumerate((JUNIT.format(more=""), "<testsui", JUNIT.format(more=FAILED))):
+        module("_suite.shares").report_of(file, share).write_text(text)
+    assert judge(done(module, "", code=1), file)[:2] == ("failed", "4 passed, 1 failed, 2 skipped")
+
+
+def test_several_processes_share_the_tests(module, tmp_path: Path) -> None:
+    body = "import os, pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_it(i):\n    assert i != {}\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    judge, report = module("_suite.judge").tests, tmp_path / "report.xml"
+    # with a share of none, one that fails, and none that runs at all
+    for processes, broken, status, counts in ((7, 9, 0, [5, 0]), (2, 3, 1, [4, 1])):
+        (tmp_path / "test_a.py").write_text(body.format(broken))
+        command = [sys.executable, "-m", "_suite.shares", str(processes), str(report), "-p", "no:cacheprovider", "."]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == status, ran.stdout
+        found = judge(done(module, ran.stdout, code=ran.returncode), report).result["counts"]
+        assert [found["passed"], found["failed"]] == counts
+        for file in tmp_path.glob("report.*.xml"):
+            file.unlink()
+    assert subprocess.run([*command, "-k", "nothing"], cwd=tmp_path, env=environment).returncode == 5
+
+
+def test_an_interrupt_leaves_the_reports_of_all_processes(module, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import pathlib, pytest, time\n@pytest.mark.parametrize('i', range(4))\ndef test_it(i):\n"
+        "    pathlib.Path(f'ran{i}').touch()\n    time.sleep(60 * (i > 1))\n"
+    )
+    run, report = module("_suite.process").run, tmp_path / "report.xml"
+    options = ("-p", "no:cacheprovider", ".")
+    command = (sys.executable, "-m", "_suite.shares", "2", str(report), *options)
+    cut = run(command, 15, tmp_path, {"PYTHONPATH": str(ROOT / "benchmarks")})
+    assert cut.timed_out and (tmp_path / "ran3").exists()
+    assert module("_suite.judge").tests(cut, report).result["counts"]["passed"] == 2
+
+
 @pytest.mark.parametrize(
     ("output", "code", "status", "reason"),
     [
@@ -427,7 +465,8 @@ def test_fast_rows_come_before_what_compiles_for_minutes(module, tmp_path: Path)
                 f"benchmarks/{name}.py" in command and f"--bs {batch} " in command and "--preset dc-ar-512" in command
             )
             assert f"--weights {tmp_path / 'weights'}" in command  # drawn once
-        assert "--rows eager-float32 eager-bfloat16 fast-float32 fast-bfloat16" in " ".join(found[name].command)
+        eight = " fast-fp8" if name == "throughput" else ""
+        assert f"--rows eager-float32 eager-bfloat16 fast-float32{eight} fast-bfloat16" in " ".join(found[name].command)
         compiled = " ".join(found[f"baselines {name}"].command)
         assert compiled.endswith("--rows fast-bfloat16 compile-bfloat16:max-autotune")
 
@@ -515,8 +554,8 @@ def test_images_and_precision_in_the_summary(module) -> None:
     failed = {"name": "compile-bfloat16", "median_s": None, "unavailable": "no | compiler"}
     other = RESULT | {"rows": [ROW | {"first_s": None}, failed]}
     exact = {"name": "fast-float32", "step_agreement": [1.0, 0.5], "free_agreement": 0.9, "psnr_free": None}
-    refused = {"name": "fast-fp8", "refused": "sm_80 has no fp8"}
-    precision = {"rows": [exact | {"residual": {"relative": 1e-3}}, refused]}
+    exact |= {"residual": {"relative": 1e-3}, "emulated": None}
+    precision = {"rows": [exact, exact | {"name": "fast-fp8", "emulated": "sm_80 has no fp8"}]}
     records = [
         {"name": name, "part": name.split()[0], "status": "ok", "seconds": 1.0, "reason": "", "result": result}
         for name, result in (
@@ -533,7 +572,7 @@ def test_images_and_precision_in_the_summary(module) -> None:
     assert f"{what} fast-bfloat16 | 25 ms | 40 | 12.5 s |" in page
     assert f"{what} compile-bfloat16 | unavailable: no / compiler | - | - |" in page
     assert "| fast-float32 | 75.00% | 90.00% | 1.00e-03 | equal |" in page
-    assert "| fast-fp8 | refused: sm_80 has no fp8 | - | - | - |" in page
+    assert "| fast-fp8 (emulated) | 75.00% |" in page
     assert "- `tests.a::b`: unequal" in page and "- `tests.c::d`: bad" in page
 
 

@@ -24,6 +24,7 @@ SMALL = {
     "gelu": "--rows 5 --width 37 --rounds 2 --no-compile",
     "latent_noise": "--rows 7 --channels 6 --rounds 2 --no-compile",
     "place_tokens": "--batch 3 --tokens 10 --rounds 2 --no-compile",
+    "quantize_rows": "--layer fc1 --rows 9 --width 70 --hidden 90 --rounds 2 --no-compile",
     "relu_linear_attention": f"{IMAGES} --channels 64",
     "remask": "--rows 3 --tokens 10 --rounds 2 --no-compile",
     "sample_from_logits": "--rows 5 --codes 60 --rounds 2 --no-compile",

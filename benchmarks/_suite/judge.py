@@ -64,10 +64,15 @@ def warmup(done: Done) -> Outcome:
 
 
 def tests(done: Done, report: Path) -> Outcome:
-    """Counts and failures of pytest's JUnit file."""
-    try:
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
+    """Counts and failures of pytest's JUnit file, or of the files of several processes (``_suite.shares``)."""
+    cases, read = [], 0
+    for file in [report] if report.exists() else sorted(report.parent.glob(f"{report.stem}.*{report.suffix}")):
+        try:
+            cases += ElementTree.parse(file).getroot().iter("testcase")
+        except ElementTree.ParseError:  # cut off while it was written
+            continue
+        read += 1
+    if not read:
         return Outcome("failed", f"pytest left no report: {why(done)}")
     counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
     failures = []

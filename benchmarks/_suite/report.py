@@ -160,13 +160,11 @@ def generation_rows(found: Record | None) -> list[tuple[str, ...]]:
 
 
 def precision_rows(found: Record) -> list[tuple[str, ...]]:
-    """What precision.py found, and what was refused."""
+    """What precision.py found."""
     rows = []
     for row in found["rows"]:
-        if "refused" in row:
-            rows.append((row["name"], f"refused: {row['refused']}".replace("|", "/"), "-", "-", "-"))
-            continue
         steps, quality = row["step_agreement"], row["psnr_free"]
         shares = f"{sum(steps) / len(steps):.2%}", f"{row['free_agreement']:.2%}", f"{row['residual']['relative']:.2e}"
-        rows.append((row["name"], *shares, "equal" if quality is None else f"{quality:.1f} dB"))
+        name = row["name"] + (" (emulated)" if row["emulated"] else "")
+        rows.append((name, *shares, "equal" if quality is None else f"{quality:.1f} dB"))
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from functools import partial
 from pathlib import Path
 
@@ -12,26 +12,28 @@ from _suite import judge
 from _suite.steps import PYTHON, Plan, Step, gpu_needed
 
 GRAPHS = ("tests/engine", "tests/sampling")
+PROCESSES = max(1, min(12, (os.cpu_count() or 1) - 2))
 
 
 def graphs(plan: Plan) -> list[Step]:
     """The samplers and the engine: buckets, replays, launches, precision. In one process: captures of several would
     share the GPU's memory."""
-    return [pytest(plan, "graphs", gpu_tests(*GRAPHS), processes=1, limit=120)]
+    return [pytest(plan, "graphs", gpu_tests(*GRAPHS), processes=1, limit=200)]
 
 
 def tests(plan: Plan) -> list[Step]:
-    """All others, in several processes where pytest-xdist is installed: compiling takes the time."""
+    """All others, in several processes: compiling takes the time."""
     others = [path for path in gpu_tests("tests") if not path.startswith(GRAPHS)]
-    return [pytest(plan, "tests", others, processes=4, limit=180)]
+    return [pytest(plan, "tests", others, processes=PROCESSES, limit=200)]
 
 
 def pytest(plan: Plan, name: str, files: list[str], processes: int, limit: float) -> Step:
     report = plan.scratch / f"{name}.xml"
-    command = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-    if processes > 1 and importlib.util.find_spec("xdist"):
-        command += ["-n", str(processes)]
+    options = ["-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    if processes > 1:
+        command = [PYTHON, "-m", "_suite.shares", str(processes), str(report), *options]
+    else:
+        command = [PYTHON, "-m", "pytest", *options, f"--junitxml={report}"]
     missing = gpu_needed(plan) or (None if files else "there are no such tests")
     judgement = partial(judge.tests, report=report)
     return Step(name, name, (*command, *files), judgement, limit=limit, least=40, missing=missing)

@@ -50,11 +50,14 @@ def decode_tokens(tokenizer: DCHT, ids: Tensor, residual: Tensor) -> Tensor:
     if not captures(ids.device):
         return FastDecoder(tokenizer).decode_tokens(ids, residual)
     graphed = packed(tokenizer, "graphs", _graphed_decoder)
+    if ids.shape in graphed.too_large:
+        return FastDecoder(tokenizer).decode_tokens(ids, residual)
     try:
         return graphed({"ids": ids, "residual": residual})[0]
     except torch.OutOfMemoryError as error:
         shortage = str(error)
-    logger.warning("decoding without a CUDA graph: %s", shortage)
+    graphed.too_large.add(ids.shape)  # every further try would drop all other graphs of the GPU
+    logger.warning("decoding %d images without a CUDA graph from now on: %s", len(ids), shortage)
     return FastDecoder(tokenizer).decode_tokens(ids, residual)
 
 

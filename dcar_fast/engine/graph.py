@@ -208,7 +208,8 @@ class Graphs:
         """What was captured, or None and how memory ran out. The exception is gone when this returns, and with it the
         frames that held on to tensors."""
         try:
-            return self.recorder.record(function, {name: value.clone() for name, value in inputs.items()}), ""
+            with torch.inference_mode(False), torch.no_grad():  # else callers outside of it could not write the buffers
+                return self.recorder.record(function, {name: value.clone() for name, value in inputs.items()}), ""
         except RuntimeError as error:
             shortage = _shortage(error)
             if shortage is None:
@@ -237,6 +238,7 @@ class GraphedFunction:
         self.name, self.function = name, function
         self.graphs = Graphs(cuda_recorder(device))
         self.failed: str | None = None
+        self.too_large: set[torch.Size] = set()  # shapes for which there was no memory, for the caller to keep
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """``function(inputs)``; the values of rows do not depend on each other."""

@@ -70,10 +70,10 @@ def fused_linear(
       float32, and 0 in the others, so that length 0 gives zeros. K is a multiple of T. x may also be float32. With
       scores = fused_linear(x, keys, out_dtype=torch.float32) this is attention with absorbed projections.
 
-    In float8_e4m3fn, both x and weight (V, K), ``x_scale`` (B, N) and ``weight_scale`` (V,) float32 multiply the sums of
-    their row: act(x_scale weight_scale x W^T + bias) + residual, without moments and lengths. bias and residual are of
-    ``out_dtype`` then, bfloat16 by default, float16 or float32. See ``quantize_rows``. The kernel needs a GPU of compute
-    capability 8.9; elsewhere the reference multiplies what the values stand for in float32. Hopper's matrix
+    In float8_e4m3fn, both x and weight (V, K), ``x_scale`` (B, N) and ``weight_scale`` (V,) float32 multiply the sums
+    of their row: act(x_scale weight_scale x W^T + bias) + residual, without moments and lengths. bias and residual are
+    of ``out_dtype`` then, bfloat16 by default, float16 or float32. See ``quantize_rows``. The kernel needs a GPU of
+    compute capability 8.9; elsewhere the reference multiplies what the values stand for in float32. Hopper's matrix
     instructions keep about 14 bits while they add up 128 products, the sums of these are float32.
 
     Formula: ``reference/fused_linear.py``. Inference only. ``backend``: see ``_dispatch.choose``. Raises ValueError,

@@ -227,6 +227,7 @@ def test_the_convolutions_of_a_gpu(model: DCHT, dtype: torch.dtype, monkeypatch:
         return original(x, bias, **options)
 
     monkeypatch.setattr(decoder_conv.ops, "bias_residual", spy)
+    model = copy.deepcopy(model)  # nothing is packed yet
     x = latents(model, 2, 3, 2)
     got = FastDecoder(model, dtype, backend="reference").decode(x)
     check_close(got, eager(model, x, dtype), truth(model, x))

@@ -4,6 +4,7 @@ calling the function again, and on a GPU with real graphs."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 
 import pytest
@@ -152,6 +153,62 @@ def test_memory_that_ran_out_below_another_error() -> None:
         Graphs(recorder).run("a", double, {"x": torch.ones(1)})
 
 
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_memory_that_ran_out_elsewhere(words: str) -> None:
+    """Graphs, kernels and cuBLAS take memory that torch's allocator knows nothing of."""
+    recorder = Recorder()
+    recorder.record = lambda *_: (_ for _ in ()).throw(RuntimeError(words))
+    with pytest.raises(torch.OutOfMemoryError, match=words):
+        Graphs(recorder).run("a", double, {"x": torch.ones(1)})
+
+
+def test_a_function_that_was_captured_may_go() -> None:
+    """It holds on to the engine, and the engine to its graphs."""
+
+    class Once(Recorder):
+        def record(self, function, inputs: dict[str, Tensor]) -> Captured:
+            return Captured(inputs, function(inputs), lambda: None)
+
+    def function(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (inputs["x"] * 2,)
+
+    graphs, seen = Graphs(Once()), weakref.ref(function)
+    graphs.run("a", function, {"x": torch.ones(1)})
+    del function
+    assert seen() is None and "a" in graphs
+
+
+def test_what_was_captured_in_inference_mode_serves_outside_of_it() -> None:
+    graphs = Graphs(Recorder())
+    with torch.inference_mode():
+        graphs.run("a", double, {"x": torch.ones(2)})
+    assert graphs.run("a", double, {"x": torch.full((2,), 3.0)})[1] == 6
+    with torch.inference_mode():
+        assert graphs.run("a", double, {"x": torch.full((2,), 4.0)})[1] == 8
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_broken_capture_is_ended_for_the_allocator(ended: bool, monkeypatch) -> None:
+    recorder, calls = CudaRecorder.__new__(CudaRecorder), []
+    recorder.pool, recorder._broken = "old", []
+
+    def end(index: int, pool: object) -> None:
+        calls.append(("end", index, pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *to: calls.append(("release", *to)), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new")
+    recorder._abandon("graph")
+    if ended:
+        assert calls == [("end", 1, "old")] and recorder.pool == "old" and recorder._broken == []
+    else:
+        assert calls == [("end", 1, "old"), ("release", 1, "old")]
+        assert recorder.pool == "new" and recorder._broken == ["graph"]
+
+
 def test_what_cannot_be_captured_says_so() -> None:
     recorder = Recorder()
 
@@ -239,6 +296,27 @@ def test_real_graphs_refuse_to_wait_for_the_host() -> None:
     def waits(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return (inputs["x"] * inputs["x"].sum().item(),)
 
-    with pytest.raises(CaptureError):
-        graphs.run("waits", waits, {"x": torch.ones(4, device="cuda")})
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(CaptureError):
+            graphs.run("waits", waits, {"x": torch.ones(4, device="cuda")})
+        assert torch.cuda.current_stream() == stream
     assert graphs.run("works", double, {"x": torch.ones(4, device="cuda")})[1] == 4
+
+
+@pytest.mark.gpu
+def test_real_graphs_survive_a_lack_of_memory_that_only_the_capture_meets() -> None:
+    graphs = Graphs(CudaRecorder(torch.device("cuda")))
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def greedy(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        room = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # freed again, with the graph's pool
+        size = 2 * total if torch.cuda.is_current_stream_capturing() else 1
+        return inputs["x"] * 2, room[:1], torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run("greedy", greedy, {"x": torch.ones(4, device="cuda")})
+    assert torch.cuda.memory_reserved() < before + 2**27
+    assert graphs.run("small", double, {"x": torch.ones(4, device="cuda")})[1] == 4

@@ -300,7 +300,7 @@ def test_low_precision_of_a_float32_model(dtype: torch.dtype, backend: str) -> N
     [
         ({"model": torch.nn.Linear(2, 2)}, "model must be a DCAR, got Linear"),
         ({"config": {}}, "config must be a SamplingConfig, got dict"),
-        ({"dtype": torch.int8}, "dtype must be float32, bfloat16 or float16, got torch.int8"),
+        ({"dtype": torch.int8}, "dtype must be float32, bfloat16, float16 or float8_e4m3fn, got torch.int8"),
         ({"backend": "cuda"}, "backend must be one of 'auto', 'triton', 'native', 'reference', got 'cuda'"),
         (
             {"backend": "triton"},

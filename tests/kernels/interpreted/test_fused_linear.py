@@ -16,6 +16,7 @@ from dcar_fast.kernels.self_attention import self_attention
 from dcar_fast.models.transformer import Block
 from dcar_fast.reference._moments import row_moments
 from dcar_fast.reference.fused_linear import fused_linear as reference
+from dcar_fast.reference.quantize_rows import quantize_rows
 from tests.ops.moment_cases import check_moments
 from tests.tolerance import check_close
 
@@ -254,3 +255,57 @@ def test_a_block_of_the_transformer(seen) -> None:
     y, moments = kernels.fused_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, residual=y, emit_moments=True)
     check_close(y, plain, truth)
     check_moments(moments, y)
+
+
+# ---- float8, whose products the interpreter makes in float16: of 11 bits, exact
+
+
+def float8(images: int, rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Values and scales; rows are of different sizes."""
+    x = normals(images, rows, width, seed=seed) * torch.logspace(-2, 2, rows)[:, None]
+    return quantize_rows(x)
+
+
+@pytest.mark.parametrize(
+    ("images", "rows", "outer", "inner"),
+    [(9, 11, 3, 1), (3, 43, 65, 33), (1, 64, 64, 128), (1, 70, 130, 300), (2, 1, 128, 256)],
+)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_float8(images: int, rows: int, outer: int, inner: int, dtype: torch.dtype) -> None:
+    (x, x_scale), (weight, weight_scale) = float8(images, rows, inner, 0), float8(1, outer, inner, 1)
+    weight, bias = weight[0], normals(outer, seed=2, dtype=dtype)
+    residual = normals(images, rows, outer, seed=3, dtype=dtype)
+    how = {"x_scale": x_scale, "weight_scale": weight_scale[0] * inner**-0.5, "out_dtype": dtype}
+    for activation in ("none", "gelu"):
+        check_float8(x, weight, bias, **how, residual=residual, activation=activation, emit_moments=True)
+    check_float8(x, weight, None, **how)
+
+
+def check_float8(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config | None = None, **how: object) -> Tensor:
+    """Against float64. Scales come after the sums here and before them in the formula: float32 may differ by that."""
+    got = kernels.fused_linear(x, weight, bias, **how, config=config)
+    got, moments = got if how.pop("emit_moments", False) else (got, None)
+    dtype = how.pop("out_dtype")
+    exact = {name: double(value) for name, value in how.items()}
+    truth = reference(x.double(), weight.double(), double(bias), **exact)
+    check_close(got, reference(x, weight, bias, **how, out_dtype=dtype), truth, str(dtype))
+    if moments is not None:
+        check_moments(moments, got)
+    return got
+
+
+@pytest.mark.parametrize("config", {str(c.blocks): c for c in kernels.TABLE.candidates}.values(), ids=str)
+def test_every_configuration_gives_the_same_in_float8(config: Config) -> None:
+    (x, x_scale), (weight, weight_scale) = float8(2, 70, 160, 0), float8(1, 130, 160, 1)
+    how = {"x_scale": x_scale, "weight_scale": weight_scale[0] / 16, "out_dtype": torch.float16}
+    check_float8(x, weight[0], normals(130, dtype=torch.float16), config, emit_moments=True, **how)
+
+
+def test_float8_rows_that_are_not_finite_stay_alone() -> None:
+    x = normals(1, 4, 40)
+    x[0, 1, 3], x[0, 2, 5] = math.nan, math.inf
+    (x, x_scale), (weight, weight_scale) = quantize_rows(x), float8(1, 9, 40, 1)
+    how = {"x_scale": x_scale, "weight_scale": weight_scale[0], "out_dtype": torch.float32}
+    got = kernels.fused_linear(x, weight[0], None, **how)
+    bad = torch.tensor([False, True, True, False])
+    assert torch.equal(got.isnan().all(dim=2)[0], bad) and torch.equal(got.isnan().any(dim=2)[0], bad)
