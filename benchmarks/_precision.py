@@ -107,8 +107,8 @@ class Reference:
 
 @torch.no_grad()
 def compare(reference: Reference, kind: str, dtype: str) -> dict[str, Any]:
-    """A row's numbers. "emulated": why fp8 is, on a device without it, else None. "step_agreement": by step, of the open
-    tokens. PSNR None: equal."""
+    """A row's numbers. "emulated": why fp8 is, on a device without it, else None. "step_agreement": by step, of the
+    open tokens. PSNR None: equal."""
     engine = "fast" if kind == "fast" else "reference"
     base, override = ("bfloat16", torch.float8_e4m3fn) if dtype == "fp8" else (dtype, None)
     pipeline = load(reference.folder, base, engine, reference.work.device)

@@ -16,7 +16,8 @@ class RowSpec:
     """What a row runs.
 
     kind: "eager" (the reference as it is), "compile" (the reference through torch.compile) or "fast" (the fast sampler
-    and decoder, what users get). dtype: its name, of ``FAST_DTYPES`` for the fast kind. mode: torch.compile's, "" for the others.
+    and decoder, what users get). dtype: its name, "fp8" for the fast kind only. mode: torch.compile's, "" for the
+    others.
     """
 
     kind: str

@@ -149,7 +149,7 @@ def take_measured(parser: Parser, args: argparse.Namespace) -> Measured:
     prompt = result["benchmark"].partition("--prompt-tokens ")[2]
     args.prompt_tokens = int(prompt) if prompt else args.prompt_tokens
     args.dtype = args.dtype or rows[name]["dtype"]
-    if args.dtype not in DTYPES:
+    if args.dtype not in ELEMENT_SIZE:
         parser.error(f"argument --row: {name} has parts in several precisions, of which no floor is known")
     fitting = [key for key, gpu in GPUS.items() if gpu.name.split()[0] in result["device"]]
     args.gpu = args.gpu or (fitting[0] if fitting else None)

@@ -65,7 +65,7 @@ def report(**changes) -> dict:
     return values | {"step_agreement": 1.0, "residual": 0.0, "whole_agreement": None, "psnr": None} | changes
 
 
-PLAIN = {"errors": {"logits": 0.1, "residual": 0.02}, "whole_agreement": 0.5}
+PLAIN = {"errors": {"logits": 0.1, "residual": 0.02, "image": 0.1}, "whole_agreement": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,14 @@ PLAIN = {"errors": {"logits": 0.1, "residual": 0.02}, "whole_agreement": 0.5}
         ("bfloat16", {"errors": {"residual": 9.0}, "scales": {"residual": 0.5}, "whole_agreement": 0.1}, None, False),
         ("bfloat16", {"errors": {"residual": math.nan}, "scales": {"residual": 0.5}}, None, True),
         ("float16", {"errors": {"logits": 0.2}}, None, True),
+        ("fp8", {"errors": {"logits": 4.9}}, PLAIN, False),
+        ("fp8", {"errors": {"logits": 5.1}}, PLAIN, True),
+        ("fp8", {"errors": {"image": 0.23}, "scales": {"image": 10.0}}, PLAIN, False),
+        ("fp8", {"errors": {"image": 0.25}, "scales": {"image": 10.0}}, PLAIN, True),
+        ("fp8", {"errors": {"residual": 9.0}, "scales": {"residual": 0.5}}, PLAIN, False),
+        ("fp8", {"errors": {"residual": math.nan}, "scales": {"residual": 0.5}}, PLAIN, True),
+        ("fp8", {"whole_agreement": 0.13}, PLAIN, False),
+        ("fp8", {"whole_agreement": 0.12}, PLAIN, True),
     ],
 )
 def test_judge(module, row, changes, plain, red):
@@ -172,6 +180,29 @@ def test_the_probes_see_what_is_wrong_with_the_fast_engine(module, monkeypatch, 
         monkeypatch.setattr(_draws.SeededDraws, "token", lambda self, step, rows: draw(self, step + 1, rows))
     problems = judge(fast.spec, fast.parity(str(tmp_path)), None, "cpu")
     assert name in " ".join(problems)
+
+
+def test_a_row_in_float8(module, monkeypatch, tmp_path, folder):
+    """On a CPU it is refused with the reason; emulated, it passes the rule, and is seen to be in float8."""
+    import _session
+    from _work import RowSpec, Workload
+
+    work = Workload("shapes", 1, 32, 32, 2, 5, "cpu")
+    rows = [
+        RowSpec(*row) for row in (("eager", "float32"), ("eager", "bfloat16"), ("fast", "bfloat16"), ("fast", "fp8"))
+    ]
+    reference, plain, fast, eight = (_session.Session(row, work, folder) for row in rows)
+    with pytest.raises(ValueError, match="fp8 needs a GPU of compute capability 8.9 or newer, this is cpu"):
+        eight.build()
+    monkeypatch.setenv("DCAR_FAST_BACKEND", "reference")
+    for session in (reference, plain, fast, eight):
+        session.build()
+    reference.record_reference(str(tmp_path))
+    reports = [session.parity(str(tmp_path)) for session in (plain, fast, eight)]
+    assert module("_parity").judge(eight.spec, reports[2], reports[0], "cpu") == []
+    assert reports[2]["errors"]["logits"] > 2 * reports[1]["errors"]["logits"]
+    assert reports[2]["errors"]["text"] == reports[1]["errors"]["text"]
+    assert eight.run(1) > 0
 
 
 def test_every_run_has_seeds_and_prompts_of_its_own(module):

@@ -1,4 +1,4 @@
-"""Runs pytest in several processes, each with its share of the tests, where pytest-xdist is not installed.
+"""Runs pytest in several processes, each with its share of the tests.
 
     python -m _suite.shares 8 report.xml -m gpu tests/ops
 

@@ -3,9 +3,9 @@
     python benchmarks/kernels/quantize_rows.py [--layer fc1|fc2] [--rows 512] [--width 1152 --hidden 4608]
                                                [--dtype bfloat16] [--no-compile] [--rounds 30] [--device cpu]
 
-What a transformer block quantises: the input of qkv and fc1 (--layer fc1, LayerNorm from row moments before it) and of
-fc2. PyTorch's LayerNorm needs no moments. First what the results stand for must agree; then all are timed in turns. Ends
-with one JSON line, with GB/s of the rows read and written.
+What a transformer block quantises: the input of qkv and fc1 (--layer fc1, LayerNorm from row moments before it) and
+of fc2. PyTorch's LayerNorm needs no moments. First what the results stand for must agree; then all are timed in turns.
+Ends with one JSON line, with GB/s of the rows read and written.
 """
 
 from __future__ import annotations

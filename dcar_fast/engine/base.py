@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -133,3 +134,10 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     """x (R, N, ...) at positions ``rows`` (R, n) -> (R, n, ...)."""
     index = rows.reshape(*rows.shape, *(1,) * (x.dim() - 2)).expand(*rows.shape, *x.shape[2:])
     return x.gather(1, index)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """What is packed says itself in which precision it computes."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

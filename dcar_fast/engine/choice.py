@@ -83,9 +83,8 @@ class Choice:
         usable, least = float8_usable(self.device), ".".join(map(str, FLOAT8_CAPABILITY))
         if not usable.ok:
             here = self.device.type + (f" ({usable.reason})" if self.device.type == "cuda" else "")
-            raise ValueError(
-                f"fp8 needs a GPU of compute capability {least} or newer, this is {here}; backend='reference' emulates it"
-            )
+            needs = f"fp8 needs a GPU of compute capability {least} or newer, this is {here}"
+            raise ValueError(f"{needs}; backend='reference' emulates it")
 
     def _check(self, backend: str) -> None:
         if self.dtype == FLOAT8 and backend in ("triton", "native"):

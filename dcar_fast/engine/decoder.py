@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from dcar_fast.engine.base import without_autocast
 from dcar_fast.engine.decoder_blocks import pack
 from dcar_fast.engine.decoder_conv import fastest_cudnn
 from dcar_fast.engine.decoder_memory import Plan, plan, within_memory
@@ -98,7 +98,7 @@ class FastDecoder:
         first = plan(layers, latents)
         if self.tile is not None:
             first = Plan(first.images, self.tile)
-        with _without_autocast(device.type), fastest_cudnn(device):
+        with without_autocast(device), fastest_cudnn(device):
             parts = list(within_memory(first, latents, lambda part, tile: self._run(layers, part, tile)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -123,9 +123,3 @@ class FastDecoder:
 def _check_count(name: str, value: object, least: int) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ValueError(f"{name} must be None or an integer of at least {least}, got {value!r}")
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

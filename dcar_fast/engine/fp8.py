@@ -48,9 +48,9 @@ class Float8Block(FusedBlock):
 
 
 class Float8Engine(FusedEngine):
-    """``backend``: "triton", or "reference", which emulates it in plain PyTorch."""
+    """``backend``: "triton", or "reference", which emulates it in plain PyTorch. dtype: of everything else."""
 
     block = Float8Block
 
-    def __init__(self, model: DCAR, backend: str) -> None:
-        super().__init__(model, torch.bfloat16, backend)
+    def __init__(self, model: DCAR, backend: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(model, dtype, backend)

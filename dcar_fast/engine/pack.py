@@ -8,26 +8,63 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
+PROBED = 16  # values of every tensor on a CPU that are looked at anew in every call
+
 
 @dataclass
 class _Entry:
     """What was built, and every tensor it was built from, with the address and the version that it had. ``storages``
-    are held on to, so that an address cannot come back as somebody else's."""
+    are held on to, so that an address cannot come back as somebody else's. ``probe``: some of their values."""
 
     made_from: list[tuple[Tensor, int, int]]
     storages: list[Tensor]
+    probe: _Probe
     value: Any
 
     def is_of(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self.made_from) and all(
-            one is tensor and one.data_ptr() == address and one._version == version
+        same = len(tensors) == len(self.made_from) and all(
+            one is tensor and one.data_ptr() == address and _version(one) == version
             for one, (tensor, address, version) in zip(tensors, self.made_from, strict=True)
         )
+        return same and self.probe.unchanged()
+
+
+class _Probe:
+    """Some values of tensors on a CPU, to see what no version counts: writes through ``.data`` or ``numpy()``. On a GPU
+    to look at a value is to wait for it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        views: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter):  # no fake ones
+                views.setdefault(tensor.dtype, []).append(_some(tensor))
+        self._views = list(views.values())
+        self._seen = self._bytes()
+
+    def unchanged(self) -> bool:
+        return all(torch.equal(now, seen) for now, seen in zip(self._bytes(), self._seen, strict=True))
+
+    def _bytes(self) -> list[Tensor]:
+        return [torch.cat(views).view(torch.uint8) for views in self._views]  # as bytes a NaN equals itself
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """A view of about ``PROBED`` values that lie spread over the tensor (of its first row if it has gaps)."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # channels last
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor[(0,) * (tensor.dim() - 1)]
+    return flat[:: max(1, len(flat) // PROBED) | 1]  # odd, else it would keep to some columns of a matrix
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of torch.inference_mode do not count
 
 
 _entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
@@ -38,8 +75,10 @@ def packed(module: M, kind: Hashable, build: Callable[[M], T]) -> T:
     """``build(module)``, kept as long as the module lives and its parameters and buffers stay what they were.
 
     A change is an in-place update (an optimiser's step, ``load_state_dict``, an EMA swap by copying), another tensor
-    (``.to()``, a merged adapter, an EMA swap by assignment) or another storage (``.data``). What is built must not
-    refer to ``module`` itself; all users of a module share what was built.
+    (``.to()``, a merged adapter, an EMA swap by assignment) or another storage (``.data``). PyTorch does not count
+    writes through ``.data`` or ``numpy()``, or to tensors made in ``torch.inference_mode``: on a CPU they are seen by
+    some values of every tensor, on a GPU not at all, see :func:`forget`. What is built must not refer to ``module``
+    itself; all users of a module share what was built.
     """
     with _lock:
         tensors = _tensors(module)
@@ -48,9 +87,16 @@ def packed(module: M, kind: Hashable, build: Callable[[M], T]) -> T:
         if entry is None or not entry.is_of(tensors):
             entry = None
             kinds.pop(kind, None)  # its memory first
-            made_from = [(t, t.data_ptr(), t._version) for t in tensors]
-            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], build(module))
+            made_from = [(t, t.data_ptr(), _version(t)) for t in tensors]
+            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], _Probe(tensors), build(module))
         return entry.value
+
+
+def forget(module: nn.Module) -> None:
+    """Drops what was built from the module and its submodules, after a change that nobody can see."""
+    with _lock:
+        for one in module.modules():
+            _entries.pop(one, None)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

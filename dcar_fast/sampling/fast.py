@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dcar_fast.config import SamplingConfig
 from dcar_fast.engine import buckets
-from dcar_fast.engine.base import Engine
+from dcar_fast.engine.base import Engine, without_autocast
 from dcar_fast.engine.choice import Choice
 from dcar_fast.engine.graph import CaptureError
 from dcar_fast.models.dcar import DCAR
@@ -80,11 +80,19 @@ class FastSampler:
 
         lengths: how many True each row of the mask starts with and has, where the caller knows; else the mask is read
         from the device, the one time that this waits for it (and once more for the number of open tokens in ``known``
-        on a GPU). In a graph progress is reported at the end only.
+        on a GPU). A mask on a CPU must agree with them, one on a GPU is not read: there the lengths count. In a graph
+        progress is reported at the end only. Autocast changes nothing.
         """
         request = self._request(text_states, text_mask, noise, known, grid, progress)
-        lengths = _lengths(text_mask) if lengths is None else _checked(lengths, request)
-        request = _fit(request, lengths)
+        if lengths is None:
+            lengths = _lengths(text_mask)
+        else:
+            lengths = _checked(lengths, text_mask)
+            request = replace(request, text_mask=_prefixes(lengths, request.text_mask))
+        with without_autocast(request.device):
+            return self._sample(_fit(request, lengths), lengths, trace)
+
+    def _sample(self, request: Request, lengths: list[int] | None, trace: bool) -> Sample:
         engine = self._choice.engine(prefix=lengths is not None)
         with engine.lock:
             reason = self._no_graph(engine, request, trace)
@@ -98,7 +106,9 @@ class FastSampler:
                     logger.warning("sampling without a CUDA graph from now on: %s", reason)
             self._explain(reason)
             prompts = lengths or [row.numpy().tobytes() for row in request.text_mask.cpu()]
-            first = engine.first_unconditional(request.grid, request.text_mask, prompts) if known is None else None
+            first = None
+            if request.known is None:
+                first = engine.first_unconditional(request.grid, request.text_mask, prompts)
             counts, most_open = _open_counts(request)
             states, mask = request.text_states, request.text_mask
             return FastRun(engine, request, _draws(request), states, mask, counts, most_open, first, trace)()
@@ -209,14 +219,26 @@ def _lengths(mask: Tensor) -> list[int] | None:
     return lengths.tolist() if torch.equal(mask, prefix) else None
 
 
-def _checked(lengths: Sequence[int], request: Request) -> list[int]:
-    """``ValueError`` unless there is one length for each row, within the mask."""
-    batch, longest = request.text_mask.shape
+def _checked(lengths: Sequence[int], mask: Tensor) -> list[int]:
+    """``ValueError`` unless there is one length for each row of the mask (B, T), within it, and, where the mask is on a
+    CPU, its own."""
+    batch, longest = mask.shape
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise ValueError(f"lengths must be a list of integers, got {type(lengths).__name__}")
     if len(lengths) != batch:
         raise ValueError(f"lengths must have {batch} entries, one for each row of text, got {len(lengths)}")
-    if not all(isinstance(length, int) and 0 <= length <= longest for length in lengths):
+    if not all(type(length) is int and 0 <= length <= longest for length in lengths):
         raise ValueError(f"lengths must be integers in 0..{longest}, got {list(lengths)}")
+    if mask.device.type == "cpu" and _lengths(mask) != list(lengths):
+        raise ValueError(f"lengths must be those of text_mask, {_lengths(mask)}, got {list(lengths)}")
     return list(lengths)
+
+
+def _prefixes(lengths: list[int], mask: Tensor) -> Tensor:
+    """The mask (B, T) that the lengths tell of: what is kept from call to call goes by them."""
+    if mask.device.type == "cpu":
+        return mask  # checked
+    return torch.arange(mask.shape[1], device=mask.device) < _upload(lengths, mask.device)[:, None]
 
 
 def _fit(request: Request, lengths: list[int] | None) -> Request:

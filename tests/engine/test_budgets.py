@@ -67,9 +67,15 @@ def prompts(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def sampling(length: int, batch: int = 1, backend: str = "reference", case: str = "default") -> Counts:
+def sampling(
+    length: int,
+    batch: int = 1,
+    backend: str = "reference",
+    case: str = "default",
+    dtype: torch.dtype | None = None,
+) -> Counts:
     """Of a call in steady state; the fused ops are those that run on a GPU, whatever their backend is called."""
-    sampler = FastSampler(model(), SamplingConfig(**OPTIONS[case]), backend=backend)
+    sampler = FastSampler(model(), SamplingConfig(**OPTIONS[case]), backend, dtype)
     with torch.device("meta"):
         sampler(*prompts(batch, length), 0, lengths=[length] * batch)
         return count(lambda: sampler(*prompts(batch, length), 0, lengths=[length] * batch))
@@ -165,6 +171,16 @@ def test_launches_of_a_block(length: int, batch: int, most: int) -> None:
     counts = sampling(length, batch)
     blocks = sum(counts.by_op[op] for op in ("fused_linear", "self_attention", "cross_attention"))
     assert blocks - 3 == most * 12 * L, "beside the three that read the text"
+
+
+@pytest.mark.parametrize(("length", "most"), [(16, 10), (40, 11)])
+def test_float8_takes_three_more_launches_a_block(length: int, most: int) -> None:
+    """And no other FLOPs."""
+    counts, plain = sampling(length, dtype=torch.float8_e4m3fn), sampling(length)
+    blocks = sum(counts.by_op[op] for op in ("fused_linear", "self_attention", "cross_attention", "quantize_rows"))
+    assert blocks - 3 == most * 12 * L and counts.by_op["quantize_rows"] == 3 * 12 * L
+    assert counts.flops == plain.flops and counts.launches == plain.launches + 3 * 12 * L
+    assert counts.undeclared == set() and counts.no_formula == set()
 
 
 @pytest.mark.parametrize("length", [16, 64])

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_fast.ops import _dispatch, fused_linear, quantize_rows
-from tests.ops.float8_cases import FLOAT8
 from tests.ops.moment_cases import check_moments
 from tests.ops.sampling_cases import normals
 from tests.tolerance import check_close
@@ -52,8 +51,8 @@ def spelled_out(given: dict[str, Tensor], dtype: torch.dtype, activation: str) -
 
 
 def check(given: dict[str, Tensor], backend: str | None, out_dtype: torch.dtype, device: str = "cpu", **how) -> Tensor:
-    """Against float64, no worse than twice PyTorch in float32 rounded once. A GPU's instructions keep about 14 bits while
-    they add up 128 products: float32 results are judged by the largest of the sums' absolute values."""
+    """Against float64, no worse than twice PyTorch in float32 rounded once. A GPU's instructions keep about 14 bits
+    while they add up 128 products: its float32 results are judged by the sum of the products' absolute values."""
     activation, emit = how.get("activation", "none"), how.get("emit_moments", False)
     there = {name: t if t is None else t.to(device) for name, t in given.items()}
     got = fused_linear(**there, out_dtype=out_dtype, backend=backend, **how)

@@ -219,7 +219,10 @@ X = torch.zeros(2, 3, 96)
         ({"eps": -1.0}, "eps is -1.0, allowed is a finite number >= 0"),
         ({"x": X.clone().requires_grad_()}, "x requires a gradient, which quantize_rows does not have"),
         ({"backend": "native"}, "backend is 'native', which cannot run quantize_rows"),
-        ({"backend": "triton"}, "backend is 'triton', which cannot run quantize_rows on cpu: Triton kernels run on CUDA"),
+        (
+            {"backend": "triton"},
+            "backend is 'triton', which cannot run quantize_rows on cpu: Triton kernels run on CUDA",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:

@@ -545,10 +545,14 @@ def test_ties_nan_and_zeros_on_a_gpu(channels: int) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_tf32_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_tf32_changes_nothing() -> None:
     z, codebook = data(1024, 16384, 32)
     want = reference(z, codebook)[0]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    got = vq_lookup(z.cuda(), codebook.cuda())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # not by monkeypatch, which cannot put torch's attribute back
+    try:
+        got = vq_lookup(z.cuda(), codebook.cuda())
+    finally:
+        torch.set_float32_matmul_precision(before)
     check(tuple(output.cpu() for output in got), z, codebook)
     assert (got[0].cpu() != want).sum() <= 1

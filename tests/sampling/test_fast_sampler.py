@@ -181,9 +181,18 @@ def test_lengths_from_the_caller_are_the_masks_own() -> None:
         )
     with pytest.raises(ValueError, match="lengths must have 5 entries, one for each row of text, got 2"):
         FastSampler(generator())(states, mask, 4, lengths=[1, 2])
-    for wrong in (-1, 13, 2.0, "1"):
+    for wrong in (-1, 13, 2.0, "1", True):
         with pytest.raises(ValueError, match=r"lengths must be integers in 0\.\.12, got"):
             FastSampler(generator())(states, mask, 4, lengths=[*lengths[:4], wrong])
+    with pytest.raises(ValueError, match="lengths must be a list of integers, got int"):
+        FastSampler(generator())(states, mask, 4, lengths=5)
+    for wrong in (0, 11):  # the first row's is 12
+        with pytest.raises(ValueError, match="lengths must be those of text_mask"):
+            FastSampler(generator())(states, mask, 4, lengths=[wrong, *lengths[1:]])
+    holes = mask.clone()
+    holes[0, 3] = False
+    with pytest.raises(ValueError, match="lengths must be those of text_mask, None, got"):
+        FastSampler(generator())(states, holes, 4, lengths=lengths)
 
 
 def test_masks_with_holes_are_no_business_of_the_fused_ops() -> None:
@@ -262,7 +271,36 @@ def other_buffer(model: DCAR) -> DCAR:
     return model
 
 
-@pytest.mark.parametrize("change", [changed_in_place, loaded, assigned, other_data, other_buffer])
+def written_through_data(model: DCAR) -> DCAR:
+    """An EMA swap as many write it; PyTorch counts no version for it."""
+    model.to_logits.weight.data.copy_(model.to_logits.weight.data * 2)
+    return model
+
+
+def written_by_numpy(model: DCAR) -> DCAR:
+    model.blocks[0].mlp.fc1.weight.detach().numpy()[:] *= 1.5
+    return model
+
+
+def changed_in_inference_mode(model: DCAR) -> DCAR:
+    with torch.inference_mode():
+        model.blocks[0].mlp.fc1.weight.mul_(1.5)
+    return model
+
+
+CHANGES = [
+    changed_in_place,
+    loaded,
+    assigned,
+    other_data,
+    other_buffer,
+    written_through_data,
+    written_by_numpy,
+    changed_in_inference_mode,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @both
 def test_packed_weights_follow_the_model(change, backend: str) -> None:
     model, inputs = copy.deepcopy(generator()), (*prompts(3), 6)
@@ -273,6 +311,28 @@ def test_packed_weights_follow_the_model(change, backend: str) -> None:
     after = sampler(*inputs)
     check(after, ReferenceSampler(model)(*inputs))
     assert not torch.equal(after.residual, before.residual), "the change changes something"
+
+
+@both
+def test_a_model_made_in_inference_mode(backend: str) -> None:
+    """Its tensors have no versions."""
+    with torch.inference_mode():
+        model = copy.deepcopy(generator())
+    inputs, sampler = (*prompts(2), 6), FastSampler(model, backend=backend)
+    before = sampler(*inputs)
+    check(before, ReferenceSampler(model)(*inputs))
+    with torch.inference_mode():
+        model.head.cond_embed.weight.mul_(2)
+        check(sampler(*inputs), ReferenceSampler(model)(*inputs))
+
+
+@both
+def test_autocast_changes_nothing(backend: str) -> None:
+    model, inputs = copy.deepcopy(generator()), (*prompts(2), 6)
+    expected = ReferenceSampler(model)(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(FastSampler(model, backend=backend)(*inputs), expected)
+    check(FastSampler(model, backend=backend)(*inputs), expected)
 
 
 def test_a_model_that_is_gone_takes_its_packed_weights_along() -> None:

@@ -1,22 +1,19 @@
-"""kernels/quantize_rows.py in Triton's interpreter, whose conversion to float8 is not that of a GPU (ties go up, and what
-rounds up to a power of two goes down to the one before): PyTorch's takes its place. How a GPU rounds is for
+"""kernels/quantize_rows.py in Triton's interpreter, with PyTorch's conversion to float8: how a GPU rounds is for
 tests/ops/test_quantize_rows.py to say. Float32 and float16: the interpreter truncates bfloat16."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from dcar_fast.kernels import quantize_rows as kernels
 from dcar_fast.kernels.configs import Config
 from dcar_fast.reference._moments import row_moments
 from dcar_fast.reference.quantize_rows import quantize_rows as reference
+from tests.kernels.float8_interpreter import use_torchs_conversion
 from tests.ops.float8_cases import FLOAT8, NUMBERS
 
 pytestmark = [
@@ -24,18 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # of NumPy, about the NaN asked for
 ]
 
-convert = interpreter._convert_float
-
 
 @pytest.fixture(autouse=True)
-def right_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def converted(values: np.ndarray, source: tl.dtype, wanted: tl.dtype, rounding: object) -> np.ndarray:
-        if (source, wanted) != (tl.float32, tl.float8e4nv):
-            return convert(values, source, wanted, rounding)
-        assert rounding is None or rounding.name == "RTNE"
-        return torch.from_numpy(values.view(np.float32).copy()).to(FLOAT8).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
+def torchs_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torchs_conversion(monkeypatch)
 
 
 TYPES = [torch.float32, torch.float16]
