@@ -18,9 +18,12 @@ TF32_TOLERANCE = 1e-2
 # itself has single values that are further than this from float64.
 RESIDUAL_TOLERANCE = 1e-3
 FREE_AGREEMENT = 0.99  # of ids in a free run: one near tie that falls the other way moves its neighbours
-# Of ids in a whole run, as a share of what plain PyTorch of that precision reaches (float32: of all ids). Differences
-# grow from step to step, so this only finds what went wrong altogether, such as a graph that reads old inputs.
-WHOLE_AGREEMENT = 0.5
+# Of ids in a whole run. float32: a near tie is rare, but what follows it in its image may differ; a GPU's larger models
+# have more of them. A wrong temperature in the later steps left 0.60, half the guidance there 0.95.
+WHOLE_AGREEMENT, WHOLE_AGREEMENT_GPU = 0.97, 0.9
+# Lower precision, as a share of what plain PyTorch of that precision reaches: differences grow from step to step, so this
+# only finds what went wrong altogether, such as a graph that reads old inputs.
+LOW_PRECISION_AGREEMENT = 0.5
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 # There is no plain float8 to compare with. Emulated with random weights of the small preset, logits are off by 0.07 of
 # the largest, and 0.92 times as many ids of a whole run agree as in plain bfloat16.
@@ -97,7 +100,7 @@ def judge(spec: RowSpec, report: dict[str, Any], plain: dict[str, Any] | None, d
         allowed, rule = allowance(spec, stage, report["scales"][stage], None if is_plain else plain, device)
         if not error <= allowed:
             problems.append(f"{stage} is off by {error:.3g}, allowed {allowed:.3g} ({rule})")
-    least = WHOLE_AGREEMENT
+    least = WHOLE_AGREEMENT if device == "cpu" else WHOLE_AGREEMENT_GPU
     if spec.dtype == "float32":
         if report["unexplained_ids"]:
             problems.append(f"{report['unexplained_ids']} ids differ by more than a near tie")
@@ -106,7 +109,7 @@ def judge(spec: RowSpec, report: dict[str, Any], plain: dict[str, Any] | None, d
         if report["residual"] is not None and not report["residual"] <= RESIDUAL_TOLERANCE:
             problems.append(f"residuals are off by {report['residual']:.3g}, allowed {RESIDUAL_TOLERANCE:g}")
     else:
-        least = FLOAT8_AGREEMENT if spec.dtype == "fp8" else least
+        least = FLOAT8_AGREEMENT if spec.dtype == "fp8" else LOW_PRECISION_AGREEMENT
         least *= 0.0 if is_plain else plain["whole_agreement"] or 0.0
     if report["whole_agreement"] is not None and not report["whole_agreement"] >= least:
         problems.append(f"only {report['whole_agreement']:.2%} of the ids of a whole run agree, {least:.2%} must")
