@@ -21,8 +21,8 @@ FREE_AGREEMENT = 0.99  # of ids in a free run: one near tie that falls the other
 # Of ids in a whole run. float32: a near tie is rare, but what follows it in its image may differ; a GPU's larger models
 # have more of them. A wrong temperature in the later steps left 0.60, half the guidance there 0.95.
 WHOLE_AGREEMENT, WHOLE_AGREEMENT_GPU = 0.97, 0.9
-# Lower precision, as a share of what plain PyTorch of that precision reaches: differences grow from step to step, so this
-# only finds what went wrong altogether, such as a graph that reads old inputs.
+# Lower precision, as a share of what plain PyTorch of that precision reaches: differences grow from step to step, so
+# this only finds what went wrong altogether, such as a graph that reads old inputs.
 LOW_PRECISION_AGREEMENT = 0.5
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 # There is no plain float8 to compare with. Emulated with random weights of the small preset, logits are off by 0.07 of

@@ -123,7 +123,7 @@ def draw_lanes(lanes: Axes, picture: Picture) -> None:
         below = i + 0.2 + 0.9 * picture.share(longest) ** 0.5
         name_at = {"fontsize": 9.5, "color": GREY, "va": "center", "ha": "center"}
         lanes.text(picture.intensity(longest), below, longest.name, **name_at)
-    lanes.set_xlabel("FLOP per byte moved (dots: operations, area: time; the longest is named)")
+    lanes.set_xlabel("FLOP per byte moved (dot: operation, area: time, longest named)")
     lanes.set_yticks(range(len(picture.stages)), [stage.name for stage in picture.stages], fontsize=13)
     lanes.set_ylim(len(picture.stages) - 0.35, -0.6)
     lanes.tick_params(axis="y", length=0)
@@ -153,7 +153,7 @@ def draw_bars(bars: Axes, picture: Picture) -> None:
             bars.barh(i + 0.14, time / factor, height=0.3, color="none", edgecolor=colour, lw=1.8)
             text = f"{time / factor:.3g} {unit}" + (f"  {what}" if what else "")
             bars.text(time / factor + longest * 0.02, i + 0.14, text, va="center", fontsize=size, weight="bold")
-    bars.set_xlim(0, longest * (1.42 if measured else 1.3))
+    bars.set_xlim(0, longest * (1.6 if measured else 1.3))
     kinds = "filled: least, outlined: measured" if measured else "least"
     bars.set_xlabel(f"time in {unit} ({kinds}, hatched: bound by memory)")
     bars.tick_params(axis="y", labelleft=False, length=0)
