@@ -185,4 +185,13 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
     print_tables(results, settings)
     print()
     print(line)
-    return 0
+    broken = [row for row in rows.all if is_broken(row)]
+    for row in broken:
+        note(f"{benchmark}.py: error: {row.name} should run here: {row.unavailable}")
+    return 1 if broken else 0
+
+
+def is_broken(row: Row) -> bool:
+    """A row of the fast sampler that neither ran nor was refused with a reason, nor lacked memory."""
+    refusals = ("ValueError", "NotImplementedError", "OutOfMemoryError", "MemoryError")
+    return row.spec.kind == "fast" and row.unavailable is not None and not row.unavailable.startswith(refusals)

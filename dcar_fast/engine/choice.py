@@ -52,14 +52,25 @@ class Choice:
         """The engine, its weights those that the model has now. prefix: all text masks are prefixes."""
         dtype = self.dtype or self.model.token_embedding.weight.dtype
         backend = self._resolve(prefix)
-        if dtype == FLOAT8:
-            return packed(self.model, ("fused", dtype, backend), lambda model: Float8Engine(model, backend))
-        if backend == "native":
-            return packed(self.model, ("packed", dtype), lambda model: PackedEngine(model, dtype))
-        return packed(self.model, ("fused", dtype, backend), lambda model: FusedEngine(model, dtype, backend))
+        if dtype == torch.float64 and backend != "native":
+            if self._asked() in ("triton", "reference"):
+                raise ValueError(f"the model is float64, which backend {backend!r} cannot run: 'native' can")
+            backend = "native"
+        kind = ("packed", dtype) if backend == "native" else ("fused", dtype, backend)
+
+        def build(model: DCAR) -> Engine:
+            check_plain(model)
+            if dtype == FLOAT8:
+                return Float8Engine(model, backend)
+            return PackedEngine(model, dtype) if backend == "native" else FusedEngine(model, dtype, backend)
+
+        return packed(self.model, kind, build)
+
+    def _asked(self) -> str:
+        return requested() if self.backend == "auto" else self.backend
 
     def _resolve(self, prefix: bool) -> str:
-        asked = requested() if self.backend == "auto" else self.backend
+        asked = self._asked()
         if asked not in ("auto", "cuda"):  # "cuda" asks ops for their C++ kernels, of which the trunk has none
             self._check(asked)
             if not prefix and asked != "native":
@@ -96,3 +107,16 @@ class Choice:
                 choose(op, self.device, backend)
         if backend != "native" and not self.model.config.qk_norm:
             raise ValueError(f"backend is {backend!r}, which needs qk_norm: 'auto' and 'native' do not")
+
+
+def check_plain(model: DCAR) -> None:
+    """``ValueError`` for what packed weights would leave out: hooks, and layers that are not the model's own, such as
+    adapters that are not merged."""
+    for name, module in model.named_modules():
+        where = type(module).__module__
+        if not where.startswith(("torch.nn.modules.", "dcar_fast.models.")):
+            raise ValueError(
+                f"model.{name} is a {type(module).__name__}: merge adapters first, or use ReferenceSampler"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"model.{name} has a forward hook, which would not run: ReferenceSampler runs it")

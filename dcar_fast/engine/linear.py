@@ -35,7 +35,7 @@ class Linear:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             y = F.linear(x, self.weight, self.bias)
-        return ops.gelu(y) if gelu else y  # oneDNN's own takes longer in the product than this after it
+        return ops.gelu(y, backend="auto") if gelu else y  # oneDNN's own takes longer in the product than this after it
 
 
 def blocks(weight: Tensor) -> bool:

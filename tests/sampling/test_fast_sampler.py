@@ -372,3 +372,33 @@ def test_low_precision_of_a_float32_model(dtype: torch.dtype, backend: str) -> N
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FastSampler(**{"model": generator(), **arguments})
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer with something beside it that nobody merged."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+@both
+def test_what_packed_weights_would_leave_out_is_refused(backend: str) -> None:
+    model = copy.deepcopy(small())
+    model.blocks[0].mlp.fc1 = Adapter(model.blocks[0].mlp.fc1)
+    with pytest.raises(ValueError, match=r"model\.blocks\.0\.mlp\.fc1 is a Adapter: merge adapters first"):
+        FastSampler(model, backend=backend)(*prompts(1), 0)
+    model = copy.deepcopy(small())
+    model.head.cond_embed.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"model\.head\.cond_embed has a forward hook, which would not run"):
+        FastSampler(model, backend=backend)(*prompts(1), 0)
+
+
+def test_a_float64_model_runs_on_plain_products() -> None:
+    model, inputs = copy.deepcopy(small()).double(), (*prompts(2), 1)
+    check(FastSampler(model)(*inputs), ReferenceSampler(model)(*inputs))
+    with pytest.raises(ValueError, match="the model is float64, which backend 'reference' cannot run: 'native' can"):
+        FastSampler(model, backend="reference")(*inputs)
