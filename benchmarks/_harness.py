@@ -194,4 +194,6 @@ def main(benchmark: str, batch: int, description: str, arguments: Sequence[str] 
 def is_broken(row: Row) -> bool:
     """A row of the fast sampler that neither ran nor was refused with a reason, nor lacked memory."""
     refusals = ("ValueError", "NotImplementedError", "OutOfMemoryError", "MemoryError")
-    return row.spec.kind == "fast" and row.unavailable is not None and not row.unavailable.startswith(refusals)
+    if row.spec.kind != "fast" or row.unavailable is None:
+        return False
+    return not row.unavailable.startswith(refusals) and "out of memory" not in row.unavailable

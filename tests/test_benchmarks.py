@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,3 +166,22 @@ def test_graphs_count_what_they_work_in(module) -> None:
     ours, torchs = segment(100, 30, segment_pool_id=(0, 7)), segment(1000, 10, segment_pool_id=(0, 0))
     graph_memory = module("_session").graph_memory
     assert graph_memory([ours, torchs, segment(5000, 1)]) == 70 and graph_memory([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "unavailable", "broken"),
+    [
+        ("fast", None, False),
+        ("fast", "IndexError: index 3 is out of bounds", True),
+        ("fast", "RuntimeError: CUDA error: misaligned address", True),
+        ("fast", "its process ended with exit code -11", True),
+        ("fast", "ValueError: fp8 needs a GPU of compute capability 8.9 or newer, this is cpu", False),
+        ("fast", "OutOfMemoryError: no memory to capture it", False),
+        ("fast", "its process ended with exit code -9 (killed; most likely out of memory)", False),
+        ("compile", "RuntimeError: no C++ compiler", False),
+    ],
+)
+def test_a_fast_row_that_breaks_is_no_success(module, kind: str, unavailable: str | None, broken: bool) -> None:
+    """A baseline may be missing; the fast sampler may only be refused, or lack memory."""
+    row = SimpleNamespace(spec=SimpleNamespace(kind=kind), unavailable=unavailable)
+    assert module("_harness").is_broken(row) == broken

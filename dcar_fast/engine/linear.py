@@ -15,8 +15,8 @@ class Linear:
     """x -> act(x W^T + b) for x (..., inputs), in one precision.
 
     On a CPU in float32 the weight is kept in oneDNN's blocked layout, which is what makes it faster than ``F.linear``;
-    everywhere else it is a plain matrix product. Of a slice of rows of a weight (q, k and v
-    of one matrix) a Linear of its own is made: a blocked weight cannot be cut.
+    everywhere else it is a plain matrix product. Of a slice of rows of a weight (q, k and v of one matrix) a Linear of
+    its own is made: a blocked weight cannot be cut.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
