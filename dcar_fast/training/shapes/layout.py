@@ -1,0 +1,114 @@
+"""From what is asked to a scene that shows it: everything left open is drawn at random."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dcar_fast.training.shapes.scene import COLOURS, SHAPES, SIZES, Ask, Background, Object, Scene
+
+HUE_SPREAD = 0.03
+SATURATION, VALUE = (0.75, 1.0), (0.65, 1.0)
+MAX_TILT = math.radians(10)
+EDGE = 0.02  # free space around every object, in units of the picture's side
+APART = 0.04  # between the circles around two objects
+OFFSET = 0.25  # least distance of two centres along the axis of a relation
+SLOPE = 0.6  # their distance across that axis, at most this share of the one along it
+# a centre in a corner or in the middle lies in this range of both axes (mirrored for right and bottom)
+CORNER, MIDDLE = (0.0, 0.34), (0.42, 0.58)
+
+# Distance from the centre to the farthest point, over the side of the square of equal area.
+REACH = {"circle": 1 / math.sqrt(math.pi), "square": math.sqrt(0.5), "triangle": 2 / 27**0.25}
+
+
+def draw_scene(ask: Ask, rng: np.random.Generator) -> Scene:
+    """A random scene that shows exactly what is asked."""
+    kinds = [(w, _pick(rng, SHAPES, w.shape)) for w in ask.wanted for _ in range(w.count)]
+    while True:
+        objects = _place([_object(rng, wanted, shape, len(kinds)) for wanted, shape in kinds], ask, rng)
+        if objects is not None:
+            return Scene(_background(ask.background, rng), tuple(objects))
+
+
+def _object(rng: np.random.Generator, wanted, shape: str, among: int) -> Object:
+    """An object at no place yet; among several, large ones are rarer, because they would not fit."""
+    size = wanted.size or str(rng.choice(list(SIZES), p=(0.3, 0.4, 0.3) if among < 3 else (0.5, 0.45, 0.05)))
+    colour = _pick(rng, tuple(COLOURS), wanted.colour)
+    return Object(
+        shape,
+        colour,
+        size=float(rng.uniform(*SIZES[size])),
+        x=0.0,
+        y=0.0,
+        hue=float((COLOURS[colour] + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1),
+        saturation=float(rng.uniform(*SATURATION)),
+        value=float(rng.uniform(*VALUE)),
+        angle=float(rng.uniform(-MAX_TILT, MAX_TILT)),
+    )
+
+
+def _place(objects: list[Object], ask: Ask, rng: np.random.Generator) -> list[Object] | None:
+    """The objects at random places that do not overlap and keep relation and place; None if none was found."""
+    for _ in range(100):
+        placed = [_at(o, *(rng.uniform(*_range(o, ask.place, axis)) for axis in (0, 1))) for o in objects]
+        if all(_apart(a, b) for i, a in enumerate(placed) for b in placed[:i]) and _related(placed, ask.relation):
+            return placed
+    return None
+
+
+def _range(o: Object, place: str | None, axis: int) -> tuple[float, float]:
+    """Where the centre may lie along x (axis 0) or y."""
+    least = o.size * REACH[o.shape] + EDGE
+    low, high = least, 1 - least
+    if place == "centre":
+        return MIDDLE
+    if place is not None:
+        corner = (least, max(least, CORNER[1]))
+        return corner if place.split()[1 - axis] in ("left", "top") else (1 - corner[1], 1 - corner[0])
+    return low, high
+
+
+def _at(o: Object, x: float, y: float) -> Object:
+    return Object(o.shape, o.colour, o.size, float(x), float(y), o.hue, o.saturation, o.value, o.angle)
+
+
+def _apart(a: Object, b: Object) -> bool:
+    distance = math.hypot(a.x - b.x, a.y - b.y)
+    return distance >= a.size * REACH[a.shape] + b.size * REACH[b.shape] + APART
+
+
+def _related(objects: list[Object], relation: str | None) -> bool:
+    if relation is None:
+        return True
+    first, second = objects
+    right, down = first.x - second.x, first.y - second.y
+    along, across = (right, down) if relation in ("left of", "right of") else (down, right)
+    along = -along if relation in ("left of", "above") else along
+    return along >= OFFSET and abs(across) <= SLOPE * along
+
+
+def _background(name: str | None, rng: np.random.Generator) -> Background:
+    low, high, most_saturated = {
+        None: (0.08, 1.0, 0.25),
+        "white": (0.95, 1.0, 0.03),
+        "black": (0.03, 0.10, 0.1),
+        "grey": (0.40, 0.62, 0.04),
+        "light": (0.78, 1.0, 0.2),
+        "dark": (0.08, 0.30, 0.25),
+    }[name]
+    texture = str(rng.choice(["plain", "gradient", "waves"], p=(0.5, 0.25, 0.25)))
+    return Background(
+        hue=float(rng.uniform()),
+        saturation=float(rng.uniform(0, most_saturated)),
+        value=float(rng.uniform(low, high)),
+        texture=texture,
+        direction=float(rng.uniform(0, 2 * math.pi)),
+        amplitude=float(rng.uniform(0.03, 0.12)) if texture != "plain" and name not in ("white", "black") else 0.0,
+        wavelength=float(rng.uniform(0.35, 1.0)),
+        phase=float(rng.uniform(0, 2 * math.pi)),
+    )
+
+
+def _pick(rng: np.random.Generator, values: tuple[str, ...], given: str | None) -> str:
+    return values[int(rng.integers(len(values)))] if given is None else given
