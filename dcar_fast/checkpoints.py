@@ -1,7 +1,8 @@
 """Checkpoints: the released DC-AR generator and DC-HT tokenizer, and our own folders.
 
 Our folder holds config.json, tokenizer.safetensors, generator.safetensors, text_encoder.safetensors and, for a T5
-vocabulary, text_tokenizer/. Only safetensors and ``torch.load(weights_only=True)`` are ever used.
+vocabulary, text_tokenizer/; a tokenizer alone has a folder of its own kind. Only safetensors and
+``torch.load(weights_only=True)`` are ever used.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dcar_fast.models.text_encoder import TextEncoder
 from dcar_fast.models.tokenizer import DCHT
 
 FORMAT = "dcar_fast"
+TOKENIZER_FORMAT = "dcar_fast.tokenizer"
 VERSION = 1
 PARTS = ("tokenizer", "generator", "text_encoder")
 
@@ -134,8 +136,7 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
     settings = read_json(folder / "config.json")
     if settings.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'} does not describe a {FORMAT} folder (no format: {FORMAT!r})")
-    if settings.get("version") != VERSION:
-        raise ValueError(f"{folder}: format version {settings.get('version')!r} is not supported, only {VERSION}")
+    _check_version(settings, folder)
     config = PipelineConfig.from_dict({k: settings[k] for k in ("tokenizer", "generator", "text") if k in settings})
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"tokenizer": DCHT(config.tokenizer), "generator": DCAR(config.generator)}
@@ -143,11 +144,7 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
         parts["text_encoder"] = TextEncoder(config.text, _load_text_tokenizer(folder, config))
     for name, model in parts.items():
         path = folder / f"{name}.safetensors"
-        state = read_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            save_id = (file.metadata() or {}).get("save_id", settings.get("save_id"))
-        if save_id != settings.get("save_id"):
-            raise ValueError(f"{path} comes from another save than config.json: the folder holds parts of two saves")
+        state = _read_part(path, settings)
         for alias, original in tied_names(model).items():
             if original in state:
                 state[alias] = state[original]
@@ -156,6 +153,60 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
         if isinstance(model, TextEncoder):
             model.t5.tie_weights()
     return parts, config, bool(settings.get("trained", True))
+
+
+def save_tokenizer(folder: str | Path, tokenizer: DCHT, details: Mapping[str, Any] | None = None) -> None:
+    """Writes a tokenizer alone: tokenizer.safetensors and config.json, renamed together, config.json last.
+
+    ``details``: further JSON values for config.json, such as the residuals' standard deviation under "residual_std".
+    """
+    folder = Path(folder)
+    save_id = uuid.uuid4().hex
+    settings = {"format": TOKENIZER_FORMAT, "version": VERSION, "save_id": save_id}
+    settings |= {"tokenizer": tokenizer.config.to_dict(), "details": dict(details or {})}
+    text = json.dumps(settings, indent=2) + "\n"
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
+    write_all_atomically(
+        {
+            folder / "tokenizer.safetensors": partial(save_file, state, metadata={"save_id": save_id, "format": "pt"}),
+            folder / "config.json": lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
+
+
+def load_tokenizer(folder: str | Path) -> DCHT:
+    """The tokenizer of a folder, in eval mode on the CPU, float32 unless saved otherwise.
+
+    The folder is one that :func:`save_tokenizer` wrote, one of a whole pipeline, or a released DC-HT. ``ValueError``
+    for what is none of them.
+    """
+    return read_tokenizer(folder)[0]
+
+
+def read_tokenizer(folder: str | Path) -> tuple[DCHT, dict[str, Any]]:
+    """:func:`load_tokenizer` with the ``details`` that were saved, {} for folders of the other kinds."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer: {folder} is not a folder")
+    settings = read_json(folder / "config.json")
+    if settings.get("format") not in (FORMAT, TOKENIZER_FORMAT):
+        if settings.get("model_type") != "dc_ht":
+            raise ValueError(f"{folder / 'config.json'} describes no tokenizer: neither of {FORMAT} nor a dc_ht")
+        return load_official_tokenizer(folder), {}
+    _check_version(settings, folder)
+    with torch.device("meta"):
+        tokenizer = DCHT(DCHTConfig.from_dict(settings.get("tokenizer")))
+    path = folder / "tokenizer.safetensors"
+    state = _read_part(path, settings)
+    tokenizer.to(_main_dtype(state))
+    load_state(tokenizer.eval(), state, str(path))
+    return tokenizer, dict(settings.get("details", {}))
+
+
+def shipped_folder(preset_name: str) -> Path | None:
+    """The folder of the trained weights that come with the package, or None for a preset without."""
+    folder = Path(__file__).parent / "weights" / preset_name
+    return folder if folder.is_dir() else None
 
 
 def find_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -173,6 +224,21 @@ def find_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Pa
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         name, reason = str(folder_or_hub_id), str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} is neither a folder nor a reachable hub repository: {reason}") from error
+
+
+def _check_version(settings: Mapping[str, Any], folder: Path) -> None:
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{folder}: format version {settings.get('version')!r} is not supported, only {VERSION}")
+
+
+def _read_part(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one of our files, which must come from the save that wrote config.json's ``settings``."""
+    state = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        save_id = (file.metadata() or {}).get("save_id", settings.get("save_id"))
+    if save_id != settings.get("save_id"):
+        raise ValueError(f"{path} comes from another save than config.json: the folder holds parts of two saves")
+    return state
 
 
 def _main_dtype(state: State) -> torch.dtype:

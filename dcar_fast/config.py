@@ -270,9 +270,9 @@ def _full_size(num_tokens: int) -> PipelineConfig:
 def _shapes() -> PipelineConfig:
     """64 px, 8 x 8 tokens: small enough to train on a CPU, with every block type of the full model."""
     tokenizer = DCHTConfig(
-        codebook_size=1024,
+        codebook_size=512,
         latent_channels=16,
-        widths=(32, 64, 128, 128),
+        widths=(32, 32, 64, 128),
         encoder_depths=(0, 1, 1, 1),
         decoder_depths=(0, 1, 1, 1),
         blocks=("res", "res", "efficientvit", "efficientvit"),
@@ -280,18 +280,19 @@ def _shapes() -> PipelineConfig:
         decoder_acts=("relu", "relu", "silu", "silu"),
     )
     generator = DCARConfig(
-        codebook_size=1024,
+        codebook_size=512,
         latent_channels=16,
         num_tokens=64,
-        hidden_size=192,
-        num_layers=6,
-        num_heads=6,
-        mlp_hidden_size=768,
+        hidden_size=160,
+        num_layers=5,
+        num_heads=5,
+        mlp_hidden_size=640,
         text_length=128,
         text_dim=128,
-        head_width=192,
+        head_width=128,
         head_depth=3,
         head_steps=16,
+        head_batch_multiplier=2,
     )
     text = TextEncoderConfig(
         tokenizer="bytes",
@@ -301,7 +302,7 @@ def _shapes() -> PipelineConfig:
         d_model=128,
         d_kv=32,
         d_ff=256,
-        num_layers=4,
+        num_layers=3,
         num_heads=4,
         feed_forward_proj="gated-gelu",
     )

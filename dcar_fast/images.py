@@ -23,8 +23,13 @@ def image_to_tensor(image: Image.Image, name: str = "image") -> Tensor:
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} must be a PIL image, got {type(image).__name__}")
-    pixels = torch.from_numpy(np.array(_opaque(_to_8_bits(image, name)).convert("RGB")))  # (H, W, 3) uint8
+    pixels = torch.from_numpy(np.array(to_rgb(image, name)))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL image in mode "RGB", converted as :func:`image_to_tensor` says."""
+    return _opaque(_to_8_bits(image, name)).convert("RGB")
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:

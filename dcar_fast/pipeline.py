@@ -52,19 +52,25 @@ class DCARPipeline(Stages):
         cls,
         name: str,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         engine: Engine = "fast",
     ) -> DCARPipeline:
-        """The named preset ("shapes", "dc-ar-256", "dc-ar-512", "dc-ar-1024") with random weights from ``seed``.
+        """The named preset: "shapes", with the trained weights that come with the package; "dc-ar-256", "dc-ar-512" and
+        "dc-ar-1024" with random ones.
 
-        dtype: float32 by default. torch's global generator is left as it was.
+        seed: random weights from this seed instead of trained ones (None: 0 where there are none); torch's global
+        generator is left as it was. dtype: float32 by default.
         """
         config = preset(name)
         device, engine = check_device(device), check_engine(engine)
+        if seed is None and (folder := checkpoints.shipped_folder(name)) is not None:
+            parts, _, trained = checkpoints.load_folder(folder)
+            # they are stored in half precision
+            return cls(**parts, trained=trained, engine=engine).to(device, dtype or torch.float32)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(check_seeds([seed])[0])  # the CPU's alone, which is put back
+            torch.default_generator.manual_seed(check_seeds([seed or 0])[0])  # the CPU's alone, which is put back
             tokenizer = DCHT(config.tokenizer)
             generator = DCAR(config.generator)
             text_encoder = TextEncoder(config.text)

@@ -6,6 +6,7 @@ The tokenizer's quantiser losses come with its tokens (:class:`dcar_fast.models.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dcar_fast.models._checks import check_tensor
 from dcar_fast.models.diffusion_head import DiffusionHead
-from dcar_fast.reference.diffusion import TRAINING_STEPS, Schedule, diffusion_schedule
+from dcar_fast.reference.diffusion import TRAINING_STEPS, diffusion_schedule
 
 BIN = 1 / 255  # half a bin of the discretised likelihood at t = 0
 EDGE = 0.999  # beyond it the bins reach to infinity
@@ -28,12 +29,20 @@ def random_token_mask(batch: int, tokens: int, generator: torch.Generator | None
 
 
 def token_loss(
-    logits: Tensor, targets: Tensor, masked: Tensor, *, label_smoothing: float = 0.0, unmasked_weight: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    unmasked_weight: float = 0.0,
+    total_weight: float | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the masked positions; known ones count with ``unmasked_weight``.
 
     logits (B, N, V) float, targets (B, N) int64 code ids, masked (B, N) bool -> scalar float32. The recipe's values are
-    label_smoothing 0.1 and unmasked_weight 0.1; the defaults are the plain masked loss.
+    label_smoothing 0.1 and unmasked_weight 0.1; the defaults are the plain masked loss. total_weight: what the weighted
+    sum is divided by, by default the sum of these rows' weights; with :func:`token_weight` of a larger batch the losses
+    of its parts add up to its mean.
     """
     check_tensor("targets", targets, tuple(logits.shape[:2]))
     check_tensor("masked", masked, tuple(logits.shape[:2]))
@@ -41,7 +50,13 @@ def token_loss(
         logits.float().flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
     ).view_as(targets)
     weight = torch.where(masked, 1.0, unmasked_weight)
-    return (loss * weight).sum() / weight.sum()
+    return (loss * weight).sum() / (weight.sum() if total_weight is None else total_weight)
+
+
+def token_weight(masked: Tensor, unmasked_weight: float = 0.0) -> float:
+    """The sum of all positions' weights in :func:`token_loss`, masked (B, N) bool; waits for the device."""
+    count = int(masked.sum())
+    return count + unmasked_weight * (masked.numel() - count)
 
 
 def diffusion_loss(
@@ -71,8 +86,7 @@ def diffusion_loss(
         noise = torch.randn(target.shape, generator=generator, device=device)
     check_tensor("timesteps", timesteps, (rows,))
     check_tensor("noise", noise, tuple(target.shape), floating=True)
-    schedule = _Coefficients(diffusion_schedule(), timesteps)
-    alpha_bar = schedule("alpha_bar")
+    alpha_bar = _coefficient("alpha_bar", timesteps)
     x = alpha_bar.sqrt() * target + (1 - alpha_bar).sqrt() * noise
     epsilon, variance = head(x, timesteps, condition).float().chunk(2, dim=-1)
     bound = variational_bound(target, x, epsilon.detach(), variance, timesteps)
@@ -85,14 +99,13 @@ def variational_bound(x0: Tensor, x: Tensor, epsilon: Tensor, variance: Tensor, 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the discretised likelihood of x_0 at t = 0; the predicted
     x_0 is not clamped.
     """
-    schedule = _Coefficients(diffusion_schedule(), timesteps)
-    from_x0, from_x = schedule("mean_from_x0"), schedule("mean_from_x")
+    from_x0, from_x = _coefficient("mean_from_x0", timesteps), _coefficient("mean_from_x", timesteps)
     true_mean = from_x0 * x0 + from_x * x
-    predicted = schedule("x0_from_x") * x - schedule("x0_from_epsilon") * epsilon
+    predicted = _coefficient("x0_from_x", timesteps) * x - _coefficient("x0_from_epsilon", timesteps) * epsilon
     mean = from_x0 * predicted + from_x * x
-    true_log = schedule("posterior_log_variance")
+    true_log = _coefficient("posterior_log_variance", timesteps)
     fraction = (variance + 1) / 2
-    log_variance = fraction * schedule("log_beta") + (1 - fraction) * true_log
+    log_variance = fraction * _coefficient("log_beta", timesteps) + (1 - fraction) * true_log
     difference = true_log - log_variance
     kl = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean).square() * torch.exp(-log_variance))
     likelihood = discretized_log_likelihood(x0, mean, 0.5 * log_variance)
@@ -112,12 +125,13 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-class _Coefficients:
-    """Columns (R, 1) float32 of a schedule's coefficients at the rows' timesteps."""
+def _coefficient(name: str, timesteps: Tensor) -> Tensor:
+    """Column (R, 1) float32 of a coefficient of the 1000-step schedule at the rows' timesteps."""
+    return _table(name, timesteps.device)[timesteps][:, None]
 
-    def __init__(self, schedule: Schedule, timesteps: Tensor) -> None:
-        self.schedule, self.timesteps = schedule, timesteps
 
-    def __call__(self, name: str) -> Tensor:
-        values = torch.from_numpy(getattr(self.schedule, name)).to(self.timesteps.device)
-        return values[self.timesteps].float()[:, None]
+@lru_cache(maxsize=64)
+def _table(name: str, device: torch.device) -> Tensor:
+    """A coefficient of the schedule, (1000,) float32 on ``device``, computed in float64 and copied there once."""
+    with torch.inference_mode(False):  # what lives longer than this call must take part in later gradients
+        return torch.from_numpy(getattr(diffusion_schedule(), name)).float().to(device)

@@ -32,7 +32,7 @@ class Draws:
     count: int
 
     def generator(self, name: str) -> torch.Generator:
-        """A CPU generator that depends on seed, step and name alone; draw for all ``total`` rows, then take ``rows``."""
+        """A CPU generator that depends on seed, step and name alone: draw for all ``total`` rows, take ``rows``."""
         digest = hashlib.sha256(f"{self.seed}/{self.step}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -76,7 +76,8 @@ class Task(ABC):
     frozen: dict[str, nn.Module]
     """Modules that are moved to the device and neither trained nor saved."""
     can_shard: bool = False
-    """Whether the modules may be sharded (FSDP2)."""
+    """Whether the one module may be sharded (FSDP2). Then previews and exports are made by a ``copy.deepcopy`` of the
+    task from before the first step, with the averaged weights and :meth:`state_dict` loaded."""
 
     @abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -99,5 +100,5 @@ class Task(ABC):
         """Further tensors that a resumed run needs (counters of code usage and the like)."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most tasks have nothing to take back
         """Takes back what :meth:`state_dict` gave."""

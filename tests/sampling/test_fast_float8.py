@@ -170,7 +170,7 @@ def test_the_environment_asks_for_the_emulation(monkeypatch: pytest.MonkeyPatch)
 
 @cache
 def pipeline() -> DCARPipeline:
-    return DCARPipeline.from_preset("shapes", device="cpu")
+    return DCARPipeline.from_preset("shapes", seed=0, device="cpu")
 
 
 def test_a_pipeline_samples_in_float8_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

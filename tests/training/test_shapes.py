@@ -189,7 +189,7 @@ def test_captions_say_what_is_asked():
         nouns = Counter(w.rstrip("s") for w in words if w.rstrip("s") in SHAPES)
         assert nouns == Counter(w.shape for w in ask.wanted), text
         counts = {"two": 2, "2": 2, "three": 3, "3": 3}
-        assert max((counts.get(w, 1) for w in words)) == max(w.count for w in ask.wanted), text
+        assert max(counts.get(w, 1) for w in words) == max(w.count for w in ask.wanted), text
         if ask.relation:
             said = next(
                 r
