@@ -13,7 +13,7 @@ MIN_SIZE, MAX_SIZE = 16, 4096
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The scene as (size, size, 3) uint8 RGB, edges smoothed over one pixel. ``ValueError`` for a size out of 16..4096."""
+    """The scene as (size, size, 3) uint8 RGB, smooth at edges. ``ValueError`` for a size out of 16..4096."""
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"size must be an integer in {MIN_SIZE}..{MAX_SIZE} pixels, got {size!r}")
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
