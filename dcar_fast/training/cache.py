@@ -67,14 +67,16 @@ def write_cache(
     ``ValueError`` for a cache made with other models or data.
     """
     tokenizer.quantizer.lookup = vq_lookup
-    frozen = [model.eval().requires_grad_(False) for model in (tokenizer, text_encoder) if model is not None]
+    for model in (tokenizer, text_encoder):
+        if model is not None:
+            model.eval().requires_grad_(False)
     # what the order of the examples depends on: workers decode, and tar shards are dealt out to them
     source = {**asdict(settings.data), "batch_size": settings.batch_size}
     if settings.data.kind != "shards":
         source.pop("workers", None)
     writer = CacheWriter(
         settings.output,
-        tokenizer=fingerprint(frozen[:1]),
+        tokenizer=tokenizer_fingerprint(tokenizer),
         codebook_size=tokenizer.config.codebook_size,
         text_encoder=None if text_encoder is None else text_fingerprint(text_encoder),
         data=source,
@@ -123,6 +125,11 @@ def _selected(rows: dict[str, Any], wanted: Tensor) -> Iterator[tuple[str, Any]]
         log.warning("%s is left out: its caption holds a pad: %.60r", rows["keys"][i], rows["captions"][i])
     for name, values in rows.items():
         yield name, values[numbers] if isinstance(values, Tensor) else [values[i] for i in numbers]
+
+
+def tokenizer_fingerprint(tokenizer: DCHT) -> str:
+    """Of what tokens and residuals are made with: encoder and codes. The decoder may be trained on."""
+    return fingerprint([tokenizer.encoder, tokenizer.quantizer])
 
 
 def text_fingerprint(text_encoder: TextEncoder) -> str:

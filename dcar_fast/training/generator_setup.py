@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcar_fast.bulk.folder import fingerprint
 from dcar_fast.checkpoints import load_tokenizer
 from dcar_fast.config import DCARConfig, DCHTConfig, TextEncoderConfig, preset
 from dcar_fast.models.dcar import DCAR
 from dcar_fast.models.text_encoder import TextEncoder
 from dcar_fast.models.tokenizer import DCHT
-from dcar_fast.training.cache import text_fingerprint
+from dcar_fast.training.cache import text_fingerprint, tokenizer_fingerprint
 from dcar_fast.training.continuation import check_byte_encoder, load_initial, load_text_encoder
 from dcar_fast.training.data.cached import CachedSource
 from dcar_fast.training.data.examples import Batch
@@ -104,7 +103,7 @@ def with_cache(
         raise ValueError(f"data.path: the cache {settings.data.path!r} has grids {index.grid}, the model {config.grid}")
     needs_states = text_encoder is not None and index.text_encoder is not None
     wanted = text_fingerprint(text_encoder) if needs_states else index.text_encoder
-    source.check_made_by(fingerprint([tokenizer]), wanted)
+    source.check_made_by(tokenizer_fingerprint(tokenizer), wanted)
     if settings.residual_scale is not None:
         return settings
     if not index.residual_std > 0:

@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_fast.bulk.folder import fingerprint
 from dcar_fast.checkpoints import save_tokenizer
 from dcar_fast.models.text_encoder import TextEncoder
 from dcar_fast.training import cache as cache_module
-from dcar_fast.training.cache import encode_batch, make_cache, text_fingerprint
+from dcar_fast.training.cache import encode_batch, make_cache, text_fingerprint, tokenizer_fingerprint
 from dcar_fast.training.cache_settings import CacheSettings
 from dcar_fast.training.data.cached import CachedSource, CacheIndex
 from dcar_fast.training.data.examples import Batch
@@ -148,7 +147,7 @@ def test_shapes_need_a_number(made, tmp_path):
         run(made, tmp_path / "a", data=data)
     assert not (tmp_path / "a").exists()
     index = run(made, tmp_path / "a", data=data, examples=4)
-    assert index.count == 4 and index.tokenizer == fingerprint([models()[0]])
+    assert index.count == 4 and index.tokenizer == tokenizer_fingerprint(models()[0])
 
 
 def test_captions_with_a_pad_inside_are_left_out(made, caplog):
@@ -179,3 +178,13 @@ def test_bad_input_is_named(made, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(made, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_outlives_training_of_the_decoder() -> None:
+    tokenizer = models()[0]
+    before = tokenizer_fingerprint(tokenizer)
+    with torch.no_grad():
+        tokenizer.decoder.project_in.conv.weight.add_(1.0)
+        assert tokenizer_fingerprint(tokenizer) == before
+        tokenizer.quantizer.embedding.weight.add_(1.0)
+    assert tokenizer_fingerprint(tokenizer) != before
