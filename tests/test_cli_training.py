@@ -139,10 +139,18 @@ def test_recipes_that_are_not_there(trained, capsys):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["train-generator", *NEEDED], "GeneratorTraining.tokenizer must be the name of a folder"),
+        (["train-generator", *NEEDED], "error: tokenizer must be the name of a folder"),
         (["train-generator", *NEEDED, "--tokenizer", "t", "--model", "nonsense"], "model must be one of"),
         (["train-generator", "--tokenizer", "t"], "--run.output"),
-        (["train-generator", *NEEDED, "--tokenizer", "t", "--run.steps", "0"], "steps must be an integer >= 1, got 0"),
+        (
+            ["train-generator", *NEEDED, "--tokenizer", "t", "--run.steps", "0"],
+            "error: run.steps must be an integer >= 1",
+        ),
+        (["train-tokenizer", *NEEDED, "--optimizer.clip", "-1"], "error: optimizer.clip must be a finite number"),
+        (
+            ["cache", "--tokenizer", "t", "--output", "o", "--data.size", "3"],
+            "error: data.size must be 16..4096, got 3",
+        ),
         (["train-tokenizer", *NEEDED, "--stage", "fourth"], "fourth"),
         (["cache"], "--tokenizer"),
     ],

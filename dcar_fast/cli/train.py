@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from tyro.conf import arg, subcommand
 
+from dcar_fast.cli.flags import as_unchecked, checked, subclass, unchecked
 from dcar_fast.training.cache_settings import CacheSettings
 from dcar_fast.training.settings import GeneratorTraining, TokenizerTraining
 
@@ -21,9 +22,7 @@ class _Training:
     settings: Any
 
     def run(self) -> None:
-        # the parser's class has the flags' types; checkpoints and messages are about the settings themselves
-        kind = type(self).kind
-        self.train(kind(**{f.name: getattr(self.settings, f.name) for f in fields(kind)}))
+        self.train(checked(self.settings))
 
 
 class TrainTokenizer(_Training):
@@ -58,14 +57,15 @@ class TrainGenerator(_Training):
 class Cache:
     """Keep what the tokenizer, and a frozen text encoder, make of pictures, for train-generator."""
 
-    settings: Annotated[CacheSettings, arg(name="")]
+    settings: Annotated[unchecked(CacheSettings, None), arg(name="")]
 
     def run(self) -> None:
         from dcar_fast.training.cache import make_cache
 
-        index = make_cache(self.settings)
+        settings = checked(self.settings)
+        index = make_cache(settings)
         spread = f"residual standard deviation {index.residual_std:.6f}"
-        print(f"{self.settings.output}: {index.count} examples, {spread}")
+        print(f"{settings.output}: {index.count} examples, {spread}")
 
 
 TRAININGS: dict[str, type[_Training]] = {"train-tokenizer": TrainTokenizer, "train-generator": TrainGenerator}
@@ -84,8 +84,7 @@ def training_commands(args: Sequence[str]) -> list[Any]:
 
         settings = load_recipe(recipe, command.kind)
         typed = _with_flags(command, type(settings.model))
-        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        default = typed(config=recipe, settings=typed.flags(**values))
+        default = typed(config=recipe, settings=as_unchecked(settings))
         found.append(Annotated[typed, subcommand(name, default=default)])
     return found
 
@@ -104,13 +103,5 @@ def named_config(args: Sequence[str]) -> str | None:
 
 def _with_flags(command: type[_Training], model: type) -> Any:
     """The command for a parser, with a field ``model`` of one type: tyro would make subcommands of the two that it has
-    (a preset's name or a configuration). ``flags`` is the class of its settings."""
-    kind = command.kind
-    flags = _subclass(kind, {"model": model}, {"model": "shapes"} if model is str else {}, frozen=True)
-    return _subclass(command, {"settings": Annotated[flags, arg(name="")]}, {"flags": flags}, kw_only=True)
-
-
-def _subclass(base: type, annotations: dict[str, Any], values: dict[str, Any], **options: bool) -> Any:
-    """A dataclass of the same name, module and description with other types of some fields."""
-    inherited = {"__annotations__": annotations, "__doc__": base.__doc__, "__module__": base.__module__}
-    return dataclass(**options)(type(base.__name__, (base,), {**inherited, **values}))
+    (a preset's name or a configuration)."""
+    return subclass(command, {"settings": Annotated[unchecked(command.kind, model), arg(name="")]}, {}, kw_only=True)

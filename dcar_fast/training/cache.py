@@ -30,6 +30,7 @@ from dcar_fast.training.data.examples import Batch
 from dcar_fast.training.data.folder import FolderSource
 from dcar_fast.training.data.loader import make_loader, make_source
 from dcar_fast.training.generator import encode_images
+from dcar_fast.training.lock import only_writer
 from dcar_fast.training.long_captions import SaidOnce
 from dcar_fast.training.settings import DataSettings
 
@@ -40,7 +41,7 @@ def make_cache(settings: CacheSettings) -> CacheIndex:
     """Loads the models and writes what of the cache is missing; its index.
 
     ``ValueError`` for folders that hold no model, for endless data without a number of examples, and for an output
-    folder with a cache of other models or data.
+    folder with a cache of other models or data, or that another process writes at this moment.
     """
     device = check_device(Rank().device(settings.device, torch.cuda.is_available()))
     count = settings.examples or folder_size(settings.data)
@@ -48,7 +49,8 @@ def make_cache(settings: CacheSettings) -> CacheIndex:
     encoder = None
     if settings.text_encoder:
         encoder = load_text_encoder(settings.text_encoder, settings.text_length).to(device)
-    return write_cache(settings, tokenizer, encoder, count, device)
+    with only_writer(settings.output):
+        return write_cache(settings, tokenizer, encoder, count, device)
 
 
 def folder_size(data: DataSettings) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from dcar_fast.training import checkpoint as files
 from dcar_fast.training.data.examples import Batch
 from dcar_fast.training.ema import Averages, Shown
 from dcar_fast.training.launch import accelerated, prepare_process
+from dcar_fast.training.lock import only_writer
 from dcar_fast.training.settings import OptimizerSettings, RunSettings
 from dcar_fast.training.step import StepRun, learning_rate
 from dcar_fast.training.task import Task
@@ -61,7 +62,8 @@ def train(
     end, and what it counts in ``skipped`` is logged. identity: ``settings.to_dict()`` of the whole training; a
     checkpoint of other settings is refused (:data:`dcar_fast.training.checkpoint.FREE` says which may change).
 
-    ``ValueError``: settings that do not fit together or to the checkpoint. :class:`NonFiniteLoss`: see
+    ``ValueError``: settings that do not fit together or to the checkpoint, or another run that writes ``run.output``
+    at this moment. :class:`NonFiniteLoss`: see
     :class:`dcar_fast.training.watch.Watch`. :class:`TrainingInterrupted`, a KeyboardInterrupt: after SIGINT or SIGTERM,
     when the step is finished and saved.
     """
@@ -69,7 +71,7 @@ def train(
         raise ValueError(f"optimizers must be given for {sorted(task.modules)}, got {sorted(optimizers)}")
     prepare_process(run)
     check_trackers(run.trackers)
-    with accelerated(run, task.modules, task.can_shard) as accelerator:
+    with accelerated(run, task.modules, task.can_shard) as accelerator, _only_run(accelerator, Path(run.output)):
         share = accelerator.num_processes * run.accumulation
         if run.batch_size % share:
             processes = f"{accelerator.num_processes} processes x {run.accumulation} accumulated parts"
@@ -84,6 +86,22 @@ def train(
             for module in plain.values():
                 for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate's marks
                     vars(module).pop(name, None)
+
+
+@contextmanager
+def _only_run(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """The main process holds the output folder's lock; all raise what it meets."""
+    with ExitStack() as stack:
+        refused = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(only_writer(output))
+            except ValueError as error:
+                refused = f"run.output: {error}"
+        refused = gathered(refused)[0]
+        if refused is not None:
+            raise ValueError(refused)
+        yield
 
 
 class _Training:

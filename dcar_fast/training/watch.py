@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Watch:
-    """Lets all processes of a run stop at the same step. Inside its block SIGINT and SIGTERM only ask to stop; a second
-    one acts as ever.
+    """Lets all processes of a run stop at the same step. Inside its block SIGINT and SIGTERM only ask to stop. Both may
+    come twice at once, as launchers pass on what the whole process group got: a second SIGINT acts as ever if it comes
+    ``AGAIN`` seconds or more after the first signal, a second SIGTERM never does (who cannot wait sends SIGKILL).
 
     Each update of weights is looked at. On a CPU the answer is known before it is made. On a GPU waiting for the answer
     would leave the GPU idle: there the watch is ``delayed``, the answer is fetched while the next step runs, and
@@ -31,6 +34,7 @@ class Watch:
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    AGAIN = 1.0
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self.device, self.world_size = device, world_size
@@ -38,6 +42,7 @@ class Watch:
         self._asked = self._agreed = False
         self._pending: list[tuple[Callable[[], list[float]], int, list[str]]] = []
         self._old: dict[signal.Signals, Any] = {}
+        self._since = 0.0  # of the first signal
 
     @property
     def stop(self) -> bool:
@@ -80,9 +85,13 @@ class Watch:
         self._restore()
 
     def _ask(self, number: int, _: object) -> None:
-        self._asked = True
-        self._restore()
-        print(f"{signal.Signals(number).name}: the run ends after this step", file=sys.stderr, flush=True)
+        if not self._asked:
+            self._asked, self._since = True, time.monotonic()
+            with suppress(OSError):  # past Python's buffers: the signal may have come in the middle of a print
+                os.write(2, f"{signal.Signals(number).name}: the run ends after this step\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self._since >= self.AGAIN:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._old.items():

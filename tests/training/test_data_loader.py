@@ -21,6 +21,7 @@ import torch.multiprocessing
 from dcar_fast.training.data.examples import Batch, Example
 from dcar_fast.training.data.loader import make_loader, random_access_loader
 from dcar_fast.training.data.split import Split
+from dcar_fast.training.data.workers import signals_wait
 from tests.training.data_files import make_folder, settings
 
 
@@ -255,3 +256,45 @@ def test_errors_of_a_source_come_through(workers: int) -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loader(SimpleNamespace(**{**vars(settings("shapes")), **changes}), **arguments)
+
+
+def test_a_schedulers_sigterm_leaves_the_workers_working() -> None:
+    before = set(children())
+    with random_access_loader(Numbers(), Split(2), workers=2) as loader:
+        for pid in set(children()) - before:  # at once: they may not even have started
+            os.kill(pid, signal.SIGTERM)
+        assert [next(loader).keys[0] for _ in range(8)] == [str(2 * i) for i in range(8)]
+        workers = list(set(children()) - before)
+        assert len(workers) == 2
+    assert gone(workers, 5)
+
+
+class Hanging(Numbers):
+    """Never comes back from the fourth example."""
+
+    def example(self, index: int) -> Any:
+        while index == 4:
+            time.sleep(60)
+        return super().example(index)
+
+
+def test_a_worker_that_hangs_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    before = set(children())
+    loader = random_access_loader(Hanging(), Split(1), workers=1)
+    assert next(loader).keys == ["0"]
+    workers = list(set(children()) - before)
+    loader.close()
+    assert gone(workers, 1)
+
+
+def test_signals_wait_while_workers_start() -> None:
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    try:
+        with signals_wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not got
+        assert got == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -42,7 +42,8 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert "critic" in found[2] and report.metrics["loss"] == found[-1]["loss"]
     rates = [learning_rate(OPTIMIZER, step, 8) for step in range(8)]
     assert [line["learning_rate"] for line in found] == rates
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log", "metrics.jsonl", "model", "previews"]
+    names = [".lock", "checkpoints", "log", "metrics.jsonl", "model", "previews"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_tensorboard_has_scalars_and_pictures(tmp_path):

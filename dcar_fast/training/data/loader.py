@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
-import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
@@ -18,6 +19,7 @@ from dcar_fast.training.data.examples import Batch, CachedExample, Example, Rand
 from dcar_fast.training.data.folder import FolderSource
 from dcar_fast.training.data.shards import Place, ShardSource, expand_shards
 from dcar_fast.training.data.split import Split, check_int
+from dcar_fast.training.data.workers import kill, signals_wait, worker_arguments
 
 if TYPE_CHECKING:
     from dcar_fast.training.settings import DataSettings
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KINDS = ("shapes", "folder", "shards", "cache")
+
+
+_open: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 
 class Loader(Iterator[Batch]):
@@ -38,7 +43,10 @@ class Loader(Iterator[Batch]):
         self.skipped: Counter[str] = Counter()
         self._seen: set[tuple[str, str]] = set()
         self._positions = positions
-        self._batches: Iterator[tuple[Batch, list[Skip]]] | None = iter(batches)
+        self._batches: Iterator[tuple[Batch, list[Skip]]] | None = None
+        with signals_wait():
+            self._batches = iter(batches)
+        _open.add(self)
 
     def __iter__(self) -> Loader:
         return self
@@ -56,14 +64,21 @@ class Loader(Iterator[Batch]):
         # DataLoader has no public way to end them; dropping the iterator does, but not while an exception refers to it,
         # and takes seconds for each worker if it is left to the garbage collector.
         shut_down = getattr(self._batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        workers = getattr(self._batches, "_workers", [])
         self._batches = None
+        if shut_down is not None:
+            try:
+                shut_down()
+            finally:
+                kill(workers)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()
 
     def _count(self, skips: list[Skip]) -> None:
@@ -149,7 +164,7 @@ def random_access_loader(
         _Rows(source),
         batch_size=None,
         sampler=_Order(split, kind, step, micro),
-        **_worker_arguments(workers),
+        **worker_arguments(workers),
     )
     return Loader(batches, _Positions())
 
@@ -168,7 +183,7 @@ def _shard_loader(
     elif step:
         raise ValueError(f"position must be given with tar shards to continue at step {step}, got None")
     lanes = _Lanes(source, split, positions.places, positions.turn)
-    return Loader(DataLoader(lanes, batch_size=None, **_worker_arguments(settings.workers)), positions)
+    return Loader(DataLoader(lanes, batch_size=None, **worker_arguments(settings.workers)), positions)
 
 
 class _Order:
@@ -264,20 +279,7 @@ def collate(examples: Sequence[Example | CachedExample], position: dict[str, Any
     return batch
 
 
-def _worker_arguments(workers: int) -> dict[str, Any]:
-    """Of DataLoader. With a generator of its own it leaves torch's global random state alone."""
-    return {
-        "num_workers": workers,
-        "collate_fn": _as_is,
-        "worker_init_fn": _start_worker,
-        "generator": torch.Generator(),
-    }
-
-
-def _as_is(batch: tuple[Batch, list[Skip]]) -> tuple[Batch, list[Skip]]:
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the workers too, but it is the main process that stops them, after its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@atexit.register  # before multiprocessing's own, which would wait for workers for ever
+def _close_all() -> None:
+    for loader in list(_open):
+        loader.close()
