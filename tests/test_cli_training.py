@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dcar_fast.checkpoints import save_tokenizer
 from dcar_fast.cli import main
@@ -144,12 +145,16 @@ def test_recipes_that_are_not_there(trained, capsys):
         (["train-generator", "--tokenizer", "t"], "--run.output"),
         (
             ["train-generator", *NEEDED, "--tokenizer", "t", "--run.steps", "0"],
-            "error: run.steps must be an integer >= 1",
+            "error: run.steps must be an integer",
         ),
         (["train-tokenizer", *NEEDED, "--optimizer.clip", "-1"], "error: optimizer.clip must be a finite number"),
         (
             ["cache", "--tokenizer", "t", "--output", "o", "--data.size", "3"],
-            "error: data.size must be 16..4096, got 3",
+            "error: data.size must be 16..4096",
+        ),
+        (
+            ["evaluate", "reconstruction", "--tokenizer", "t", "--batch-size", "0"],
+            "error: batch_size must be a positive",
         ),
         (["train-tokenizer", *NEEDED, "--stage", "fourth"], "fourth"),
         (["cache"], "--tokenizer"),
@@ -277,3 +282,15 @@ def test_evaluate_measures_a_tokenizer(tmp_path, capsys):
     assert "size must be a multiple of" in capsys.readouterr().err
     assert main(["evaluate", "fid", "--real", str(tmp_path), "--generated", "b", "--inception", "/none.pth"]) == 2
     assert "/none.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "out/a"), SafetensorError("No space left")])
+def test_a_full_disk_is_one_line(monkeypatch, capsys, error):
+    from dcar_fast.cli import train
+
+    def fail(self, settings):
+        raise error
+
+    monkeypatch.setattr(train.TrainGenerator, "train", fail)
+    assert main(["train-generator", *NEEDED, "--tokenizer", "t"]) == 1
+    assert capsys.readouterr().err == f"dcar-fast: error: {error}\n"

@@ -33,8 +33,8 @@ COMMANDS = [
 
 TRAIN_PACKAGES = {"accelerate", "lpips", "tensorboard", "torchmetrics", "torchvision", "webdataset", "yaml"}
 """What the extra "train" brings."""
-FAILURES = ("OutOfMemoryError", "NonFiniteLoss")
-"""Names of the RuntimeErrors whose message says it all; their modules may not be loaded."""
+FAILURES = ("OutOfMemoryError", "NonFiniteLoss", "SafetensorError")
+"""Names of the errors whose message says it all; their modules may not be loaded."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -50,7 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return _failed(_missing(error), 2)
     except MemoryError as error:
         return _failed(f"out of memory: {error}", 1)
-    except RuntimeError as error:
+    except OSError as error:  # a full disk, a file that went away
+        return _failed(error, 1)
+    except Exception as error:
         if type(error).__name__ not in FAILURES:
             raise
         return _failed(str(error).splitlines()[0], 1)

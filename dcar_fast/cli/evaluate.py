@@ -8,6 +8,7 @@ from typing import Annotated, Union
 from tyro.conf import OmitArgPrefixes, arg, subcommand
 
 from dcar_fast.cli.common import interrupted_by_sigterm
+from dcar_fast.cli.flags import checked, unchecked
 from dcar_fast.evaluation.settings import (
     FidEvaluation,
     GenevalImages,
@@ -23,15 +24,15 @@ class Evaluate:
 
     command: Annotated[
         Union[  # noqa: UP007 - tyro takes the annotated alternatives from it
-            Annotated[ReconstructionEvaluation, subcommand("reconstruction")],
-            Annotated[OmitArgPrefixes[ShapesEvaluation], subcommand("shapes")],
-            Annotated[FidEvaluation, subcommand("fid")],
-            Annotated[OmitArgPrefixes[MjhqImages], subcommand("mjhq")],
-            Annotated[OmitArgPrefixes[GenevalImages], subcommand("geneval")],
+            Annotated[unchecked(ReconstructionEvaluation, None), subcommand("reconstruction")],
+            Annotated[OmitArgPrefixes[unchecked(ShapesEvaluation, None)], subcommand("shapes")],
+            Annotated[unchecked(FidEvaluation, None), subcommand("fid")],
+            Annotated[OmitArgPrefixes[unchecked(MjhqImages, None)], subcommand("mjhq")],
+            Annotated[OmitArgPrefixes[unchecked(GenevalImages, None)], subcommand("geneval")],
         ],
         arg(name=""),
     ]
 
     def run(self) -> None:
         with interrupted_by_sigterm():
-            self.command.run()
+            checked(self.command).run()

@@ -41,7 +41,7 @@ def unchecked(kind: type, model: type | None) -> Any:
         elif f.default is not MISSING and isinstance(f.default, wanted):
             values[f.name] = f.default
     values |= {"stands_for": kind, "__post_init__": lambda self: None}
-    return subclass(kind, annotations, values, Unchecked, frozen=True)
+    return subclass(kind, annotations, values, Unchecked, frozen=True, kw_only=True)
 
 
 def as_unchecked(settings: Any) -> Any:

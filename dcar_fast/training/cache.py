@@ -24,7 +24,7 @@ from dcar_fast.models.tokenizer import DCHT
 from dcar_fast.ops.vq_lookup import vq_lookup
 from dcar_fast.training.cache_settings import CacheSettings
 from dcar_fast.training.continuation import load_text_encoder
-from dcar_fast.training.data.cache_writer import CacheWriter
+from dcar_fast.training.data.cache_writer import CacheWriter, remove_leftovers
 from dcar_fast.training.data.cached import CacheIndex
 from dcar_fast.training.data.examples import Batch
 from dcar_fast.training.data.folder import FolderSource
@@ -50,6 +50,7 @@ def make_cache(settings: CacheSettings) -> CacheIndex:
     if settings.text_encoder:
         encoder = load_text_encoder(settings.text_encoder, settings.text_length).to(device)
     with only_writer(settings.output):
+        remove_leftovers(settings.output)
         return write_cache(settings, tokenizer, encoder, count, device)
 
 

@@ -59,6 +59,7 @@ def write_checkpoint(root: Path, step: int, states: dict[str, Any], record: dict
     """Writes ``root``/step-... with one file per entry of ``states`` (tensors in plain containers) and the record
     (JSON); then the oldest go until ``keep`` are left. One process calls it. ``ValueError`` if it cannot be written."""
     folder = root / f"step-{step:08d}"
+    temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
@@ -67,7 +68,7 @@ def write_checkpoint(root: Path, step: int, states: dict[str, Any], record: dict
         files = {}
         for name, state in states.items():
             path = temporary / f"{name}.pt"
-            torch.save(state, path)
+            _save(state, path)
             files[path.name] = _fingerprint(path)
             _flush(path)
         record = {"format": FORMAT, "step": step, "files": files, **record}
@@ -79,6 +80,8 @@ def write_checkpoint(root: Path, step: int, states: dict[str, Any], record: dict
         os.rename(temporary, folder)
         _flush(root)
     except OSError as error:
+        if temporary is not None:  # it takes the space that a full disk lacks
+            shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
     for old in checkpoints(root)[:-keep]:
         _remove(old)
@@ -187,6 +190,14 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
 
 def _inner(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def _save(state: Any, path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of a failed write, whose cause it does not tell
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{str(error).splitlines()[0]} ({free} bytes are free on that disk)") from error
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

@@ -180,11 +180,14 @@ def check_trackers(names: tuple[str, ...]) -> None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; the last one may be cut off."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
-            found.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        found.append(line)
     return found
 
 

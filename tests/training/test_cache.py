@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import logging
 
@@ -131,6 +133,20 @@ def test_an_interrupted_cache_goes_on(made, tmp_path, monkeypatch):
     assert len(calls) == 4
     with pytest.raises(ValueError, match="was made with data"):
         run(made, tmp_path / "cut", shard_size=2, batch_size=4)
+
+
+def test_one_process_writes_a_cache_and_clears_what_killed_ones_left(made, tmp_path, monkeypatch):
+    def held(*_):
+        raise OSError(errno.EAGAIN, "held")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="is being written by another process"):
+        patch.setattr(fcntl, "lockf", held)
+        run(made, tmp_path)
+    names = [".tokens-00000-x1y2.safetensors", ".index-x1y2.json"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    run(made, tmp_path)
+    assert not {path.name for path in tmp_path.iterdir()} & set(names)
 
 
 def test_a_number_of_examples_and_the_number_of_workers(made, tmp_path):

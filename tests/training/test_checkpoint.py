@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -211,6 +212,28 @@ def test_a_failed_save_leaves_the_old_ones(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="step-00000002 cannot be written: No space left on device"):
         write_checkpoint(tmp_path, 2, {"a": torch.zeros(2)}, {}, keep=1)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001"] and read_record(tmp_path / "step-00000001")
+
+
+def test_a_full_disk_is_named_and_gets_its_space_back(tmp_path):
+    write_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {}, keep=2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(ValueError, match="step-00000002 cannot be written: .* bytes are free on that disk"):
+            write_checkpoint(tmp_path, 2, {"a": torch.ones(10_000)}, {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("text", ["null\n", "5\n", '{"loss": 1}\n', '{"step": 2, "lo', "\x00\x01"])
+def test_a_log_with_something_else_in_it(tmp_path, text):
+    run(tmp_path, steps=4)
+    kept = lines(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(text)
+    run(tmp_path, steps=5)
+    assert lines(tmp_path)[:4] == kept and len(lines(tmp_path)) == 5
 
 
 def test_pickles_are_not_executed(tmp_path):

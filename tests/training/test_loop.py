@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,31 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number, capfd):
     run(tmp_path)
     run(tmp_path / "whole")
     assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "numbers, status",
+    [
+        ([signal.SIGTERM] * 3, 5),  # a scheduler's, and the launcher's of the same
+        ([signal.SIGINT, signal.SIGINT], 5),
+        ([signal.SIGINT, None, signal.SIGTERM], 5),
+        ([signal.SIGINT, None, signal.SIGINT], 4),  # who cannot wait
+        ([signal.SIGTERM, None, signal.SIGINT], 4),
+    ],
+)
+def test_signals_that_come_twice(tmp_path, monkeypatch, numbers, status):
+    monkeypatch.setattr(Watch, "AGAIN", 0.2)
+
+    class Signalled(ToyTask):
+        def train_step(self, run, batches):
+            for number in numbers if run.step == 4 else ():
+                time.sleep(0.3) if number is None else os.kill(os.getpid(), number)
+            return super().train_step(run, batches)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(tmp_path, Signalled())
+    assert isinstance(stop.value, TrainingInterrupted) == (status == 5)
+    assert run(tmp_path).step == 8 and len(lines(tmp_path)) == 8
 
 
 def test_a_signal_in_the_last_step_is_no_reason_to_leave_the_model_out(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -116,7 +117,7 @@ class CacheWriter:
             path = self.folder / f"tokens-{number:05d}.safetensors"
             tensors = _stack(self._pending)
             metadata = {"cache_id": self.index.cache_id, "shard": str(number)}
-            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+            write_atomically(path, lambda temporary: _save(tensors, metadata, temporary))
             values = tensors["residual"].astype(np.float64)
             self.index.residual_sum += float(values.sum())
             self.index.residual_square_sum += float((values**2).sum())
@@ -165,6 +166,20 @@ class CacheWriter:
                 raise ValueError(f"{name} must be {getattr(self.index, name)} as in the examples before, got {value}")
         for name, value in shapes.items():
             setattr(self.index, name, value)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what killed processes left half written; no other process may be writing."""
+    for pattern in (".tokens-*.safetensors", ".index-*.json"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
+
+
+def _save(tensors: dict[str, np.ndarray], metadata: dict[str, str], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk
+        raise ValueError(f"{path.parent} cannot be written: {error}") from error
 
 
 def _stack(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:

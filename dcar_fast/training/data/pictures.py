@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dcar_fast.images import to_rgb
 from dcar_fast.training.data.examples import BrokenExample
@@ -32,7 +32,9 @@ def decode_picture(data: bytes, size: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BrokenExample("picture too large", error) from error
-    except Exception as error:  # whatever Pillow raises for damaged files
+    except UnidentifiedImageError as error:  # its message names a buffer in memory
+        raise BrokenExample("unreadable picture", "cannot identify its format") from error
+    except Exception as error:  # whatever else Pillow raises for damaged files
         raise BrokenExample("unreadable picture", error) from error
     width, height = image.size
     if min(image.size) < MIN_SIDE:
