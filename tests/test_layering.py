@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
 # What people use: may import everything but the command line.
 APPLICATIONS = {
     "_inputs",
+    "_model_choice",
     "_progress",
     "_release",
     "_stages",

@@ -8,14 +8,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dcar_fast.cli.common import ModelCommand, Output, interrupted_by_sigterm
+from dcar_fast._model_choice import ModelChoice
+from dcar_fast.cli.common import Output, interrupted_by_sigterm
 from dcar_fast.config import SamplingConfig
 
 Sampling = Annotated[SamplingConfig, arg(name="")]
 
 
-@dataclass(kw_only=True)
-class Sample(ModelCommand):
+@dataclass(frozen=True, kw_only=True)
+class Sample(ModelChoice):
     """Draw one image per prompt."""
 
     prompts: Positional[tuple[str, ...]]
@@ -46,8 +47,8 @@ class Sample(ModelCommand):
         _save(images, paths)
 
 
-@dataclass(kw_only=True)
-class Generate(ModelCommand):
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelChoice):
     """Draw one PNG for each prompt of a file; run again, it draws what is missing.
 
     On several GPUs: torchrun --nproc-per-node N -m dcar_fast generate ...
@@ -94,8 +95,8 @@ class Generate(ModelCommand):
         print(report)
 
 
-@dataclass(kw_only=True)
-class Reconstruct(ModelCommand):
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(ModelChoice):
     """Send an image through the tokenizer and back."""
 
     image: Positional[Path]
@@ -111,8 +112,8 @@ class Reconstruct(ModelCommand):
         _save([self.pipeline().reconstruct(image, self.mode, pad=self.pad)], paths)
 
 
-@dataclass(kw_only=True)
-class Inpaint(ModelCommand):
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(ModelChoice):
     """Repaint the white part of a mask after a prompt."""
 
     image: Positional[Path]
@@ -135,8 +136,8 @@ class Inpaint(ModelCommand):
         _save([self.pipeline().inpaint(image, mask, self.prompt, **options)], paths)
 
 
-@dataclass(kw_only=True)
-class Variation(ModelCommand):
+@dataclass(frozen=True, kw_only=True)
+class Variation(ModelChoice):
     """Sample a share of an image's tokens anew."""
 
     image: Positional[Path]

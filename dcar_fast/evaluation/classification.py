@@ -21,7 +21,7 @@ STEP = math.radians(5)
 SIDES = {"square": 4, "triangle": 3}
 # half of the smallest distance between two names' hues (red and yellow)
 MOST_HUE_DISTANCE = 0.075
-# geometric means of the gaps between the sizes' ranges: 0.204 and 0.298 of the picture's side
+# geometric means of the gaps between the sizes' ranges: 0.205 and 0.306 of the picture's side
 SIZE_BORDERS = (
     math.sqrt(SIZES["small"][1] * SIZES["medium"][0]),
     math.sqrt(SIZES["medium"][1] * SIZES["large"][0]),

@@ -83,7 +83,7 @@ class Inception(nn.Module):
     """(B, 3, H, W) uint8 RGB -> (B, 2048) float32, what FID's Gaussians are fitted to.
 
     resize: to 299 x 299 pixels, "antialias" as torchmetrics does by default, "tensorflow" as the original did (bilinear
-    without anti-aliasing, corner pixels at the corners). Figures of different resizing cannot be compared.
+    without anti-aliasing, output pixel i at i inputs/299). Figures of different resizing cannot be compared.
     """
 
     num_features = 2048

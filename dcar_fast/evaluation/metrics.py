@@ -13,6 +13,7 @@ from dcar_fast.images import tensor_to_pixels
 from dcar_fast.models.tokenizer import DCHT
 
 PATHS = ("hybrid", "discrete")
+MOST_PSNR = 100.0  # dB, for a picture that comes back to the last bit: infinity has no mean
 FEW = 2048  # pictures: with fewer than features the covariance is singular, and FID far too high
 
 
@@ -90,7 +91,8 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """How well pictures survive the tokenizer: batches (B, 3, H, W) uint8 with sides it can take.
 
-    Returns "pictures", and by path ("hybrid", "discrete") the means over pictures of "psnr" (dB) and "ssim", and "rfid"
+    Returns "pictures", and by path ("hybrid", "discrete") the means over pictures of "psnr" (dB, at most
+    100 for each) and "ssim", and "rfid"
     where a ``network`` is given, all of the reconstructions as 8-bit pictures; "codebook": "usage" (share of the codes
     chosen at least once) and "perplexity" (exp of the entropy of the choices). The tokenizer works in eval mode and is
     left as it was; progress: is called with the size of every batch that is done. ``ValueError`` for no pictures.
@@ -110,7 +112,7 @@ def evaluate_reconstruction(
                 meter.add(images, "real")
             for path, latents in zip(PATHS, (tokens.features, tokens.quantized), strict=True):
                 result = tensor_to_pixels(tokenizer.decode(latents)).permute(0, 3, 1, 2).contiguous()
-                sums[path]["psnr"] += float(psnr(result, images).double().sum())
+                sums[path]["psnr"] += float(psnr(result, images).double().clamp(max=MOST_PSNR).sum())
                 sums[path]["ssim"] += float(ssim(result, images).double().sum())
                 if meter:
                     meter.add(result, path)

@@ -8,7 +8,7 @@ The rules are GenEval's, made strict about what else is in the picture. A pictur
 - relation: the offset of the two centres is first reduced by 10 % of the sum of both boxes' sides along each axis
   (GenEval's threshold); what is left of it along the relation's axis must be more than half of the offset's length;
 - place: the picture is cut at 0.405 and 0.595 of each axis, and the centre lies in the cell that was named. The middle
-  is narrower than a third because a large triangle in a corner has its centre at 0.39;
+  is narrower than a third because a large triangle in a corner has its centre at up to 0.375;
 - background: its median brightness and saturation are what the word says, generously.
 
 Nothing here knows how the pictures of the training data are drawn.

@@ -1,10 +1,9 @@
 """LPIPS, the perceptual distance of Zhang et al. 2018, from local weights.
 
-The arithmetic and the calibrated channel weights (version 0.1) are those of the authors' package ``lpips``; the weights
-are read from torchmetrics, which carries the same files. Neither's module is used: both need torchvision (whose
-published wheels do not load beside a CPU build of torch, and break transformers there) for two plain stacks of
-convolutions. Their weights come from a file that torchvision publishes: vgg16-397923af.pth or
-alexnet-owt-7be5be79.pth.
+The arithmetic and the calibrated channel weights (version 0.1) are the authors' (github.com/richzhang/
+PerceptualSimilarity); the weights are read from torchmetrics, which carries the authors' files. Its module is not used:
+it takes the backbones from torchvision, which is no dependency here, for two plain stacks of convolutions. Their
+weights come from a file that torchvision publishes: vgg16-397923af.pth or alexnet-owt-7be5be79.pth.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _ALEX = [(64, 11, 4, 2), "out", "pool", (192, 5, 1, 2), "out", "pool", (384, 3, 
 _ALEX += [(256, 3, 1, 1), "out", (256, 3, 1, 1), "out"]
 BACKBONES = {"vgg": (_VGG, 2), "alex": (_ALEX, 3)}
 """Name -> layers and the pooling window (stride 2)."""
-SMALLEST = {"vgg": 16, "alex": 35}
+SMALLEST = {"vgg": 16, "alex": 31}
 """The smallest side in pixels by backbone."""
 
 
@@ -95,7 +94,7 @@ def load_perceptual(weights: str | Path, weight: float) -> LPIPS | None:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length over the channels, as the package does it: / (norm + 1e-10)."""
+    """Unit length over the channels, as the authors do it: / (norm + 1e-10)."""
     features = features.float()
     # a square root has no gradient at 0, where a whole pixel's features are cut off by their ReLU
     squares = features.square().sum(dim=1, keepdim=True)

@@ -133,6 +133,23 @@ def test_reconstructions(tokenizer):
         evaluate_reconstruction(tokenizer, [])
 
 
+def test_a_picture_that_comes_back_to_the_last_bit_counts_with_100_db(tokenizer, monkeypatch):
+    images = _pictures(4)
+    monkeypatch.setattr(metrics, "tensor_to_pixels", lambda _: images.permute(0, 2, 3, 1))
+    found = evaluate_reconstruction(tokenizer, [images])
+    assert found["hybrid"] == found["discrete"] == {"psnr": 100, "ssim": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_untrained_presets_say_so(trained, monkeypatch, caplog):
+    made = DCARPipeline.from_preset("shapes", seed=0)
+    made.trained = trained
+    monkeypatch.setattr(DCARPipeline, "from_preset", lambda name: made)
+    with caplog.at_level(logging.WARNING):
+        ReconstructionEvaluation(count=1, size=32).run()
+    assert ("shapes has untrained weights" in caplog.text) is not trained
+
+
 def test_without_torchmetrics_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional.image", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[train\]'"):
@@ -159,6 +176,43 @@ def inception():
 def test_inception_has_the_published_number_of_parameters(inception):
     """23,834,568 with 1000 classes, 2,049,000 of them in the last layer, which is not needed."""
     assert sum(p.numel() for p in inception.parameters()) == 23_834_568 - 2_049_000
+
+
+def test_inceptions_blocks_and_pools(inception):
+    """Widths as published; average pools leave the padding out, and the last block's pool is a maximum."""
+    widths = {"5b": 256, "5c": 288, "5d": 288, "6a": 768, "6b": 768, "6e": 768, "7a": 1280, "7b": 2048, "7c": 2048}
+    blocks = {name: getattr(inception, f"Mixed_{name}") for name in widths}
+    image = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 255
+    found = {}
+    hooks = [
+        block.register_forward_hook(lambda _, x, y, name=name: found.update({name: (x[0], y)}))
+        for name, block in blocks.items()
+    ]
+    features = inception(image.to(torch.uint8))
+    for hook in hooks:
+        hook.remove()
+    assert {name: y.shape[1] for name, (_, y) in found.items()} == widths
+    assert [found[name][1].shape[2] for name in ("5b", "6a", "7a")] == [35, 17, 8]
+    torch.testing.assert_close(features, found["7c"][1].mean(dim=(2, 3)))
+    for name, (x, y) in found.items():
+        block = blocks[name]
+        if block.pool == "stride":
+            expected = F.max_pool2d(x, 3, 2)
+        elif name == "7c":
+            expected = block.branch_pool(F.max_pool2d(x, 3, 1, 1))
+        else:  # the sum of the pixels there are, over their number
+            sums, counts = (F.avg_pool2d(t, 3, 1, 1, divisor_override=1) for t in (x, torch.ones_like(x)))
+            expected = block.branch_pool(sums / counts)
+        torch.testing.assert_close(y[:, -expected.shape[1] :], expected)
+
+
+def test_inception_sees_pixels_from_minus_one_to_one(inception):
+    seen = []
+    hook = inception.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    inception(torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 80, 80).contiguous())
+    hook.remove()
+    for values, expected in zip(seen[0], (-1.0, 0.0, 127 / 128), strict=True):
+        torch.testing.assert_close(values, torch.full((3, 299, 299), expected), rtol=0, atol=1e-5)
 
 
 def test_inception_is_torchvisions_with_other_pools(inception, monkeypatch):

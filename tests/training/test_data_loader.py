@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -293,7 +294,7 @@ def test_signals_wait_while_workers_start() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
     try:
         with signals_wait():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # to this thread, which would fork
             assert not got
         assert got == [signal.SIGTERM]
     finally:

@@ -230,6 +230,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number, capfd):
 )
 def test_signals_that_come_twice(tmp_path, monkeypatch, numbers, status):
     monkeypatch.setattr(Watch, "AGAIN", 0.2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without one
 
     class Signalled(ToyTask):
         def train_step(self, run, batches):
@@ -237,8 +238,11 @@ def test_signals_that_come_twice(tmp_path, monkeypatch, numbers, status):
                 time.sleep(0.3) if number is None else os.kill(os.getpid(), number)
             return super().train_step(run, batches)
 
-    with pytest.raises(KeyboardInterrupt) as stop:
-        run(tmp_path, Signalled())
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run(tmp_path, Signalled())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert isinstance(stop.value, TrainingInterrupted) == (status == 5)
     assert run(tmp_path).step == 8 and len(lines(tmp_path)) == 8
 

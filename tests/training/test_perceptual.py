@@ -110,10 +110,14 @@ def test_foreign_files_are_refused(tmp_path):
         LPIPS(tmp_path / "torn.pth")
 
 
-def test_small_and_unequal_images_are_refused(tmp_path):
-    written("alex", tmp_path / "weights.pth")
+@pytest.mark.parametrize(("name", "least"), [("vgg", 16), ("alex", 31)])
+def test_small_and_unequal_images_are_refused(name, least, tmp_path):
+    features = written(name, tmp_path / "weights.pth")
     mine = LPIPS(tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="sides >= 35"):
-        mine(images(34), images(34))
+    assert mine(images(least), images(least, seed=1)) > 0
+    with pytest.raises(ValueError, match=f"sides >= {least}"):
+        mine(images(least - 1), images(least - 1))
+    with pytest.raises(RuntimeError):  # that is where nothing would be left
+        features[:-1](images(least - 1))
     with pytest.raises(ValueError, match="one size"):
         mine(images(40), images(48))

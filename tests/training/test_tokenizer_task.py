@@ -224,6 +224,10 @@ def test_dead_codes_are_restarted_from_encoder_outputs():
     assert (F.normalize(restarted, dim=1) @ outputs.T).amax(dim=1).min() > 1 - 1e-6
     moments = run.optimizers["tokenizer"].state[made.dcht.quantizer.embedding.weight]
     assert (moments["exp_avg"][6:] == 0).all()
+    fresh = (moments["exp_avg"] == 0).all(dim=1)  # they are as long as the others: a step turns them as far
+    length = codes[~fresh].norm(dim=1).mean()
+    assert length > 1.5 and (~fresh).sum() >= 2
+    torch.testing.assert_close(codes[fresh].norm(dim=1), length.expand(int(fresh.sum())))
     assert PlainRun(task("discrete", dcht())).take(pictures()).get("restarted_codes") is None
 
 
