@@ -31,7 +31,7 @@ COMMANDS = [
 ]
 
 
-TRAIN_PACKAGES = {"accelerate", "lpips", "tensorboard", "torchmetrics", "torchvision", "webdataset", "yaml"}
+TRAIN_PACKAGES = {"accelerate", "tensorboard", "torchmetrics", "webdataset", "yaml"}
 """What the extra "train" brings."""
 FAILURES = ("OutOfMemoryError", "NonFiniteLoss", "SafetensorError")
 """Names of the errors whose message says it all; their modules may not be loaded."""

@@ -206,13 +206,20 @@ def test_inceptions_blocks_and_pools(inception):
         torch.testing.assert_close(y[:, -expected.shape[1] :], expected)
 
 
-def test_inception_sees_pixels_from_minus_one_to_one(inception):
+@pytest.mark.parametrize("resize", ["antialias", "tensorflow"])
+def test_inception_sees_pixels_from_minus_one_to_one(inception, monkeypatch, resize):
+    monkeypatch.setattr(inception, "resize", resize)
     seen = []
     hook = inception.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     inception(torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 80, 80).contiguous())
+    lines = torch.arange(897).remainder(3).eq(1).mul(255).to(torch.uint8).expand(1, 3, 897, 897)
+    inception(lines)
     hook.remove()
     for values, expected in zip(seen[0], (-1.0, 0.0, 127 / 128), strict=True):
         torch.testing.assert_close(values, torch.full((3, 299, 299), expected), rtol=0, atol=1e-5)
+    # at a third of the size, every third line white: a third of the light, or without anti-aliasing the lines between
+    inside = seen[1][..., 2:-2, 2:-2]
+    torch.testing.assert_close(inside, torch.full_like(inside, 85 / 128 - 1 if resize == "antialias" else -1.0))
 
 
 def test_inception_is_torchvisions_with_other_pools(inception, monkeypatch):

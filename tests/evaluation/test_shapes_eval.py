@@ -128,12 +128,13 @@ def test_pictures_of_other_prompts_are_refused(pictures, tmp_path):
 
 
 def test_a_model_draws_and_goes_on(tmp_path, capsys):
-    settings = ShapesEvaluation(output=tmp_path, count=3, batch_size=3)
+    settings = ShapesEvaluation(output=tmp_path, count=3, batch_size=3, seed=4)
     first = settings.run()
     (tmp_path / "images" / "00001.png").unlink()
     assert settings.run() == first and "wrote 1 images" in capsys.readouterr().out
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()]
-    assert prompts == [p.text for p in held_out_prompts(3)]
+    assert prompts == [p.text for p in held_out_prompts(3, 4)]
+    assert [Image.open(tmp_path / "images" / f"0000{i}.png").info["seed"] for i in range(3)] == ["4", "5", "6"]
 
 
 def test_validate_writes_its_report(tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_dump_is_plain_yaml():
 def test_settings_load_no_optional_package():
     code = (
         "import sys, dcar_fast, dcar_fast.training.settings, dcar_fast.training.yaml_config, dcar_fast.training.loop\n"
-        "print(sorted({'accelerate', 'yaml', 'webdataset', 'tensorboard', 'lpips'} & set(sys.modules)))"
+        "print(sorted({'accelerate', 'yaml', 'webdataset', 'tensorboard', 'torchmetrics'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
