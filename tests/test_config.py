@@ -228,7 +228,7 @@ def test_step_limits_are_allowed(steps):
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("generator", {"codebook_size": 512}, "codebook_size.*512.*1024"),
+        ("generator", {"codebook_size": 256}, "codebook_size.*256.*512"),
         ("generator", {"latent_channels": 8}, "latent_channels.*8.*16"),
         ("text", {"d_model": 64}, "text width.*128.*64"),
         ("text", {"max_length": 127}, "text length.*128.*127"),

@@ -41,7 +41,7 @@ def tokenizer() -> DCHT:
 
 
 def tokens(batch: int, side: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randint(1024, (batch, side, side)), torch.randn(batch, side * side, 16) / 10
+    return torch.randint(512, (batch, side, side)), torch.randn(batch, side * side, 16) / 10
 
 
 def test_text(recorder: Recorder) -> None:
