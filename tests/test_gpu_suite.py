@@ -512,7 +512,7 @@ def test_a_few_tests_of_every_file(tmp_path: Path) -> None:
         body = f"import pytest\n@pytest.mark.parametrize('i', range({count}))\ndef test_it(i):\n    pass\n"
         (tmp_path / f"test_{name}.py").write_text(body)
     command = [sys.executable, "-m", "pytest", "-p", "_suite.subset", "-p", "no:cacheprovider", "-v", "."]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "SUITE_PER_FILE": "3"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "SUITE_PER_FILE": "3", "PYTEST_ADDOPTS": ""}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     passed = [line.split()[0] for line in ran.stdout.splitlines() if " PASSED" in line]
     assert passed == [
