@@ -2,47 +2,51 @@
 
 Against the module this skips, exactly: the projection of the condition in every step, the embeddings of the timesteps
 (constants of the model), the first projection of the unconditional rows (both branches see the same x_t), and their
-variance.
+variance where nobody wants it. The modulations, three fifths of all products, depend on condition and timestep alone:
+those of several steps are one product, so that few rows do not mean slow products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcar_fast.engine.linear import Linear
-from dcar_fast.models.diffusion_head import Dialect, DiffusionHead
+from dcar_fast.models.diffusion_head import Dialect
 from dcar_fast.profiling import stage
-from dcar_fast.reference.denoise_step import guide, posterior_step
+from dcar_fast.reference.denoise_step import EPS, guide, posterior_step
 from dcar_fast.reference.diffusion import Schedule
+
+ROWS = 512  # of condition and timestep whose modulations are one product: more make it no faster
 
 
 class Head:
-    """A DiffusionHead packed in ``dtype`` for one schedule."""
+    """A DiffusionHead, ours or another codebase's with the same modules, packed in ``dtype`` for one schedule."""
 
-    def __init__(self, head: DiffusionHead, schedule: Schedule, dtype: torch.dtype) -> None:
-        self.channels, self.schedule, self.dtype = head.channels, schedule, dtype
+    def __init__(self, head: nn.Module, schedule: Schedule, dtype: torch.dtype) -> None:
+        self.channels, self.schedule, self.dtype = head.input_proj.in_features, schedule, dtype
         device = head.input_proj.weight.device
         with torch.no_grad():
             times = head.time_embed(torch.tensor(schedule.timesteps, device=device))
+            final = head.final_layer
+            layers = [*(block.adaLN_modulation[1] for block in head.res_blocks), final.adaLN_modulation[1]]
+            weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         self.times = times.to(dtype)  # (K, W)
         self.cond_embed, self.input_proj = Linear.of(head.cond_embed, dtype), Linear.of(head.input_proj, dtype)
+        self.modulation = Linear(weight, bias, dtype)  # W -> 3DW + 2W
         self.blocks = [
             (
                 (block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)),
                 Linear.of(block.mlp[0], dtype),
                 Linear.of(block.mlp[2], dtype),
-                Linear.of(block.adaLN_modulation[1], dtype),
             )
             for block in head.res_blocks
         ]
-        final = head.final_layer
-        self.final_modulation = Linear.of(final.adaLN_modulation[1], dtype)
         self.output = Linear.of(final.linear, dtype)
-        self.epsilon = Linear(final.linear.weight[: head.channels], final.linear.bias[: head.channels], dtype)
+        self.epsilon = Linear(final.linear.weight[: self.channels], final.linear.bias[: self.channels], dtype)
 
     def __call__(
         self,
@@ -52,35 +56,55 @@ class Head:
         *,
         guidance: float,
         dialect: Dialect,
+        temperature: float = 1.0,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """condition (R, Z), [cond; uncond] unless guidance is 1 -> samples (R/2 or R, C) float32.
+        """condition (R, Z), [cond; uncond] unless guidance is 1 -> samples float32, as many as in latent_init.
 
-        As ``models.diffusion_head.sample_rows`` with only the conditional half carried along.
+        As ``models.diffusion_head.sample_rows``: under guidance latent_init and latent(i) have R/2 rows, and only the
+        conditional half is carried along, or R.
         """
-        guided = guidance != 1.0
-        kept = len(condition) // 2 if guided else len(condition)
+        rows, guided = len(condition), guidance != 1.0
+        half = rows // 2 if guided else rows
         embedded = self.cond_embed(condition.to(self.dtype))  # (R, W)
         x = latent_init
-        for i, k in enumerate(reversed(range(self.schedule.num_steps))):
+        for i, (k, modulation) in enumerate(self._modulations(embedded)):
             with stage("denoise", i):
-                epsilon, variance, unconditional = self._network(x, F.silu(embedded + self.times[k]), kept)
+                h = self.input_proj(x[:half].to(self.dtype))
+                h = self._blocks(h.repeat(2, 1) if guided else h, modulation)
+                epsilon, variance = self._outputs(h, len(x))
                 if guided:
-                    epsilon = guide(epsilon, unconditional, guidance, dialect.guidance)
-                x = posterior_step(x, epsilon, variance, latent(i), self.schedule, k, clip=dialect.clip)
+                    epsilon = guide(epsilon[:half], epsilon[half:], guidance, dialect.guidance)
+                    epsilon = epsilon if len(x) == half else epsilon.repeat(2, 1)
+                settings = {"temperature": temperature, "clip": dialect.clip}
+                x = posterior_step(x, epsilon, variance, latent(i), self.schedule, k, **settings)
             if progress is not None:
                 progress(i)
         return x * dialect.scale
 
-    def _network(self, x: Tensor, y: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x (kept, C), silu(y) (R, W) -> epsilon and variance (kept, C), epsilon of the other rows (R - kept, C)."""
-        h = self.input_proj(x.to(self.dtype))
-        h = h if kept == len(y) else h.repeat(2, 1)
-        for norm, fc1, fc2, modulation in self.blocks:
-            shift, scale, gate = modulation(y).chunk(3, dim=-1)
-            normed = F.layer_norm(h, h.shape[-1:], *norm, eps=1e-6)
+    def _modulations(self, embedded: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(k, modulation (R, 3DW + 2W)) of all steps, from the conditions (R, W)."""
+        steps = range(self.schedule.num_steps - 1, -1, -1)
+        together = max(1, ROWS // max(1, len(embedded)))
+        for start in range(0, len(steps), together):
+            some = steps[start : start + together]
+            y = F.silu(embedded + self.times[list(some)].unsqueeze(1))  # (S, R, W)
+            yield from zip(some, self.modulation(y.flatten(0, 1)).unflatten(0, y.shape[:2]), strict=True)
+
+    def _blocks(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """(R, W) of the input projection -> what the output projects (R, W)."""
+        width = h.shape[1]
+        parts = iter(modulation.split(width, dim=1))
+        for norm, fc1, fc2 in self.blocks:
+            shift, scale, gate = next(parts), next(parts), next(parts)
+            normed = F.layer_norm(h, (width,), *norm, eps=EPS)
             h = torch.addcmul(h, gate, fc2(F.silu(fc1(torch.addcmul(normed + shift, normed, scale)))))
-        shift, scale = self.final_modulation(y).chunk(2, dim=-1)
-        h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        epsilon, variance = self.output(h[:kept]).float().chunk(2, dim=-1)
-        return epsilon, variance, self.epsilon(h[kept:]).float()
+        shift, scale = parts
+        return F.layer_norm(h, (width,), eps=EPS) * (1 + scale) + shift
+
+    def _outputs(self, h: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        """epsilon (R, C) and the variance values of the first ``kept`` rows, float32."""
+        epsilon, variance = self.output(h[:kept]).float().chunk(2, dim=1)
+        if kept < len(h):
+            epsilon = torch.cat((epsilon, self.epsilon(h[kept:]).float()))
+        return epsilon, variance

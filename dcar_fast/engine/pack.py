@@ -37,13 +37,14 @@ class _Entry:
 
 class _Probe:
     """Some values of tensors on a CPU, to see what no version counts: writes through ``.data`` or ``numpy()``. On a GPU
-    to look at a value is to wait for it."""
+    to look at a value is to wait for it, which is done where ``wait`` says so."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        views: dict[torch.dtype, list[Tensor]] = {}
+    def __init__(self, tensors: list[Tensor], wait: bool) -> None:
+        views: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            if tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter):  # no fake ones
-                views.setdefault(tensor.dtype, []).append(_some(tensor))
+            readable = tensor.device.type == "cpu" or (wait and tensor.device.type == "cuda")
+            if readable and type(tensor) in (Tensor, nn.Parameter):  # no fake ones
+                views.setdefault((tensor.dtype, tensor.device), []).append(_some(tensor))
         self._views = list(views.values())
         self._seen = self._bytes()
 
@@ -71,14 +72,14 @@ _entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictiona
 _lock = threading.RLock()
 
 
-def packed(module: M, kind: Hashable, build: Callable[[M], T]) -> T:
+def packed(module: M, kind: Hashable, build: Callable[[M], T], wait: bool = False) -> T:
     """``build(module)``, kept as long as the module lives and its parameters and buffers stay what they were.
 
     A change is an in-place update (an optimiser's step, ``load_state_dict``, an EMA swap by copying), another tensor
     (``.to()``, a merged adapter, an EMA swap by assignment) or another storage (``.data``). PyTorch does not count
     writes through ``.data`` or ``numpy()``, or to tensors made in ``torch.inference_mode``: on a CPU they are seen by
-    some values of every tensor, on a GPU not at all, see :func:`forget`. What is built must not refer to ``module``
-    itself; all users of a module share what was built.
+    some values of every tensor, on a GPU only with ``wait``, which waits for it in every call; else see :func:`forget`.
+    What is built must not refer to ``module`` itself; all users of a module share what was built.
     """
     with _lock:
         tensors = _tensors(module)
@@ -88,7 +89,7 @@ def packed(module: M, kind: Hashable, build: Callable[[M], T]) -> T:
             entry = None
             kinds.pop(kind, None)  # its memory first
             made_from = [(t, t.data_ptr(), _version(t)) for t in tensors]
-            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], _Probe(tensors), build(module))
+            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], _Probe(tensors, wait), build(module))
         return entry.value
 
 

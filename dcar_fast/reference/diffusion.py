@@ -84,14 +84,16 @@ class Schedule:
 @lru_cache(maxsize=64)
 def diffusion_schedule(spec: int | str = TRAINING_STEPS) -> Schedule:
     """The cosine schedule respaced to ``spec`` (see :func:`kept_timesteps`); the default keeps all 1000 steps."""
-    timesteps = kept_timesteps(spec)
-    full = np.cumprod(1.0 - cosine_betas())
-    alpha_bar = full[list(timesteps)]
-    if len(timesteps) == TRAINING_STEPS:
-        beta = cosine_betas()
-    else:
+    timesteps, beta = kept_timesteps(spec), cosine_betas()
+    if len(timesteps) < TRAINING_STEPS:
+        alpha_bar = np.cumprod(1.0 - beta)[list(timesteps)]
         beta = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-        alpha_bar = np.cumprod(1.0 - beta)
+    return schedule_of(timesteps, beta)
+
+
+def schedule_of(timesteps: tuple[int, ...], beta: np.ndarray) -> Schedule:
+    """The schedule whose K steps have these (respaced) betas, (K,) float64, and feed these timesteps to the network."""
+    alpha_bar = np.cumprod(1.0 - beta)
     previous = np.append(1.0, alpha_bar[:-1])
     variance = beta * (1.0 - previous) / (1.0 - alpha_bar)
     variance[0] = variance[1] if len(variance) > 1 else beta[0]
