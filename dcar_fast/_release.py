@@ -48,11 +48,11 @@ def released_name(name: str, table: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def infer_generator_config(state: Mapping[str, Tensor]) -> DCARConfig:
-    """The config that tensors (released names) imply; what shapes cannot tell has the released values."""
+def infer_generator_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> DCARConfig:
+    """The config that tensors (released names) imply; what shapes cannot tell has the released values, or is given."""
     shape = _Shapes(state, "generator")
     hidden = shape("x_embedder.weight", 1)
-    if hidden % RELEASED_HEAD_DIM:
+    if num_heads is None and hidden % RELEASED_HEAD_DIM:
         raise ValueError(f"config must be given: hidden size {hidden} is no multiple of the released head size 72")
     return DCARConfig(
         codebook_size=shape("x_embedder.weight", 0) - 1,
@@ -60,7 +60,7 @@ def infer_generator_config(state: Mapping[str, Tensor]) -> DCARConfig:
         num_tokens=shape("pos_embed", 1),
         hidden_size=hidden,
         num_layers=shape.count(r"^blocks\.(\d+)\."),
-        num_heads=hidden // RELEASED_HEAD_DIM,
+        num_heads=num_heads or hidden // RELEASED_HEAD_DIM,
         mlp_hidden_size=shape("blocks.0.mlp.fc1.weight", 0),
         qk_norm="blocks.0.attn.q_norm.weight" in state,
         text_length=shape("y_embedder.y_embedding", 0),

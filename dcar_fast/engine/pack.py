@@ -24,7 +24,7 @@ class _Entry:
 
     made_from: list[tuple[Tensor, int, int]]
     storages: list[Tensor]
-    probe: _Probe
+    probe: Probe
     value: Any
 
     def is_of(self, tensors: list[Tensor]) -> bool:
@@ -35,7 +35,7 @@ class _Entry:
         return same and self.probe.unchanged()
 
 
-class _Probe:
+class Probe:
     """Some values of tensors on a CPU, to see what no version counts: writes through ``.data`` or ``numpy()``. On a GPU
     to look at a value is to wait for it, which is done where ``wait`` says so."""
 
@@ -45,8 +45,13 @@ class _Probe:
             readable = tensor.device.type == "cpu" or (wait and tensor.device.type == "cuda")
             if readable and type(tensor) in (Tensor, nn.Parameter):  # no fake ones
                 views.setdefault((tensor.dtype, tensor.device), []).append(_some(tensor))
+        self._tensors = list(tensors)
         self._views = list(views.values())
         self._seen = self._bytes()
+
+    def watches(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the tensors that are looked at."""
+        return len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True))
 
     def unchanged(self) -> bool:
         return all(torch.equal(now, seen) for now, seen in zip(self._bytes(), self._seen, strict=True))
@@ -89,7 +94,7 @@ def packed(module: M, kind: Hashable, build: Callable[[M], T], wait: bool = Fals
             entry = None
             kinds.pop(kind, None)  # its memory first
             made_from = [(t, t.data_ptr(), _version(t)) for t in tensors]
-            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], _Probe(tensors, wait), build(module))
+            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], Probe(tensors, wait), build(module))
         return entry.value
 
 

@@ -1,8 +1,10 @@
 """Other people's samplers, faster: what someone imports to speed their own codebase up without touching its models.
 
 patch_diffloss(obj), unpatch(obj), explain(obj): the diffusion heads of the MAR family (MAR, HART, MaskGen, DC-AR).
+accelerate(generator): the released DC-AR generator, on FastSampler.
 """
 
+from dcar_fast.integrations.dcar import AcceleratedGenerator, accelerate
 from dcar_fast.integrations.diffloss import Patch, explain, patch_diffloss, unpatch
 
-__all__ = ["Patch", "explain", "patch_diffloss", "unpatch"]
+__all__ = ["AcceleratedGenerator", "Patch", "accelerate", "explain", "patch_diffloss", "unpatch"]
