@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of each pixel, activation and residual in one pass, for either memory format."""
+"""LayerNorm or RMSNorm over the channels of each pixel, activation and residual in one pass, either memory format."""
 
 import torch
 import triton
@@ -75,6 +75,7 @@ def channel_norm_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    CENTRED: tl.constexpr,  # LayerNorm, else RMSNorm
     WHOLE: tl.constexpr,  # the tile holds all channels
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -88,17 +89,20 @@ def channel_norm_kernel(
     out += image * out_image + pixel * out_pixel
 
     # the variance from centred values: E[x^2] - mean^2 would lose everything where |mean| >> std
+    mean = tl.zeros((BLOCK_PIXELS, 1), tl.float32)
     if WHOLE:
         values, channel, inside = load_tile(x, x_channel, live, 0, channels, BLOCK_CHANNELS)
-        mean = (tl.sum(values, axis=1) / channels)[:, None]
+        if CENTRED:
+            mean = (tl.sum(values, axis=1) / channels)[:, None]
         centred = tl.where(inside, values - mean, 0.0)
         square = tl.sum(centred * centred, axis=1)
     else:
-        total = tl.zeros((BLOCK_PIXELS,), tl.float32)
-        for start in range(0, channels, BLOCK_CHANNELS):
-            values, channel, inside = load_tile(x, x_channel, live, start, channels, BLOCK_CHANNELS)
-            total += tl.sum(values, axis=1)
-        mean = (total / channels)[:, None]
+        if CENTRED:
+            total = tl.zeros((BLOCK_PIXELS,), tl.float32)
+            for start in range(0, channels, BLOCK_CHANNELS):
+                values, channel, inside = load_tile(x, x_channel, live, start, channels, BLOCK_CHANNELS)
+                total += tl.sum(values, axis=1)
+            mean = (total / channels)[:, None]
         square = tl.zeros((BLOCK_PIXELS,), tl.float32)
         for start in range(0, channels, BLOCK_CHANNELS):
             values, channel, inside = load_tile(x, x_channel, live, start, channels, BLOCK_CHANNELS)
@@ -125,9 +129,10 @@ def channel_norm(
     residual: torch.Tensor | None,
     activation: str,
     eps: float,
+    centred: bool = True,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """residual + act(LayerNorm(x)) with x and residual (B, C, H, W), in the memory format of x. One launch on the
+    """residual + act(norm(x)) with x and residual (B, C, H, W), in the memory format of x. One launch on the
     current device; statistics in float32. Formula and checks: ``reference/channel_norm.py``, ``ops/channel_norm.py``.
 
     Strides are respected; an image whose rows do not follow one another evenly, such as a cutout, is copied first.
@@ -154,6 +159,7 @@ def channel_norm(
         eps,
         ACTIVATION=activation,
         HAS_RESIDUAL=has_residual,
+        CENTRED=centred,
         WHOLE=channels <= config.blocks["BLOCK_CHANNELS"],
         **config.launch,
     )
@@ -171,7 +177,7 @@ def cases() -> list[Case]:
             weight, bias = torch.randn(2, channels, device=device).to(dtype)
             last = side == 256  # the output norm: no residual, then ReLU
             x, residual, activation = image(), None if last else image(), "relu" if last else "none"
-            return lambda config: channel_norm(x, weight, bias, residual, activation, 1e-5, config)
+            return lambda config: channel_norm(x, weight, bias, residual, activation, 1e-5, True, config)
 
         sizes = {"channels": channels, "channels_last": 1}
         return Case(f"{DTYPES[dtype]} {batch}x{channels}x{side}x{side}", TABLE, sizes, prepare)
@@ -185,16 +191,16 @@ def cases() -> list[Case]:
 
 
 def offline_variants(capability: int, every: bool = False) -> list[Variant]:
-    """The decoder's norms in either memory format, and one that is wider than a tile."""
+    """The decoder's norms in either memory format, one that is wider than a tile, and RMSNorm."""
     strides = [f"{name}_{axis}" for name in ("x", "residual", "out") for axis in ("image", "channel", "pixel")]
 
-    def variant(channels: int, last: bool, dtype: str, activation: str, config: Config) -> Variant:
+    def variant(channels: int, last: bool, dtype: str, activation: str, centred: bool, config: Config) -> Variant:
         unit = [name for name in strides if name.endswith("_channel" if last else "_pixel")]
         sizes = dict.fromkeys(["pixels", "channels", *(name for name in strides if name not in unit)], "i32")
         return Variant(
             name="channel_norm",
             dtype=dtype,
-            shape=f"C={channels} {activation} {'channels_last' if last else 'contiguous'}",
+            shape=f"C={channels} {activation} {'channels_last' if last else 'contiguous'}{'' if centred else ' RMS'}",
             config=config,
             kernel=channel_norm_kernel,
             signature=dict.fromkeys(("x", "residual", "weight", "bias", "out"), f"*{dtype}") | sizes | {"eps": "fp32"},
@@ -202,15 +208,23 @@ def offline_variants(capability: int, every: bool = False) -> list[Variant]:
             | {
                 "ACTIVATION": activation,
                 "HAS_RESIDUAL": activation == "none",
+                "CENTRED": centred,
                 "WHOLE": channels <= config.blocks["BLOCK_CHANNELS"],
             },
             multiples_of_16=tuple(sizes),
         )
 
     return [
-        variant(channels, last, dtype, activation, config)
+        variant(channels, last, dtype, activation, centred, config)
         for last in (True, False)
-        for channels, activation in ((256, "relu"), (512, "none"), (1024, "none"), (2048, "silu"))
+        for channels, activation, centred in (
+            (256, "relu", True),
+            (512, "none", True),
+            (1024, "none", True),
+            (2048, "silu", True),
+            (512, "none", False),
+            (2048, "none", False),
+        )
         for dtype in DTYPES.values()
         for config in TABLE.configs(capability, every, channels=channels, channels_last=last)
     ]

@@ -47,10 +47,9 @@ class FastDecoder:
             raise ValueError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-        _check_count("tile", tile, 1)
-        _check_count("overlap", overlap, 0)
-        self.tokenizer, self.dtype, self.tile, self.overlap = tokenizer, dtype, tile, overlap
+        self.tokenizer, self.dtype = tokenizer, dtype
         self._backend = None if backend == "auto" else backend
+        self._run = LayersRun(self._backend, tile, overlap)
 
     def decode_tokens(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         """ids (B, h, w), or (B, N) with square N; residual (B, h*w, C) float or None (discrete path) -> images
@@ -92,32 +91,43 @@ class FastDecoder:
     def _decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
         module = self.tokenizer.decoder
         self._check_device("latents", latents)
-        device = latents.device
-        layers = packed(module, ("layers", dtype), lambda decoder: pack(decoder, dtype))
+        return self._run(packed(module, ("layers", dtype), lambda decoder: pack(decoder, dtype)), latents, dtype)
+
+
+class LayersRun:
+    """Runs packed layers on latents: all at once, a few images at a time, or in tiles; see :class:`FastDecoder`."""
+
+    def __init__(self, backend: str | None, tile: int | None = None, overlap: int | None = None) -> None:
+        _check_count("tile", tile, 1)
+        _check_count("overlap", overlap, 0)
+        self.backend, self.tile, self.overlap = backend, tile, overlap
+
+    def __call__(self, layers: list[Layer], latents: Tensor, dtype: torch.dtype) -> Tensor:
+        """latents (B, C, h, w) -> images (B, 3, f h, f w) in ``dtype``, channels last."""
         latents = latents.to(dtype=dtype, memory_format=torch.channels_last)
         first = plan(layers, latents)
         if self.tile is not None:
             first = Plan(first.images, self.tile)
-        with without_autocast(device), fastest_cudnn(device):
-            parts = list(within_memory(first, latents, lambda part, tile: self._run(layers, part, tile)))
+        with without_autocast(latents.device), fastest_cudnn(latents.device):
+            parts = list(within_memory(first, latents, lambda part, tile: self._part(layers, part, tile)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _run(self, layers: list[Layer], x: Tensor, tile: int | None) -> Tensor:
+    def _part(self, layers: list[Layer], x: Tensor, tile: int | None) -> Tensor:
         if tile is None or tile >= max(x.shape[2:]):
             for layer in layers:
-                x = layer(x, self._backend)
+                x = layer(x, self.backend)
             return x.contiguous(memory_format=torch.channels_last)
-        return self._run_tiled(layers, x, tile)
+        return self._tiled(layers, x, tile)
 
-    def _run_tiled(self, layers: list[Layer], x: Tensor, tile: int) -> Tensor:
+    def _tiled(self, layers: list[Layer], x: Tensor, tile: int) -> Tensor:
         scale = 1  # pixels per latent
         *parts, last = segments(layers)
         for part in parts:
-            x = part[0](x, self._backend) if part[0].reach is None else run_exact(part, x, tile * scale, self._backend)
+            x = part[0](x, self.backend) if part[0].reach is None else run_exact(part, x, tile * scale, self.backend)
             scale *= scale_of(part)
         if self.overlap is None or self.overlap * scale >= reach_of(last):
-            return run_exact(last, x, tile * scale, self._backend)
-        return run_blended(last, x, tile * scale, self.overlap * scale, self._backend)
+            return run_exact(last, x, tile * scale, self.backend)
+        return run_blended(last, x, tile * scale, self.overlap * scale, self.backend)
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -18,22 +18,26 @@ from dcar_fast.reference.relu_linear_attention import relu_linear_attention
 
 
 class Norm:
-    """LayerNorm over the channels of each pixel; with residual: residual + act(norm(x))."""
+    """LayerNorm or RMSNorm over the channels of each pixel; with residual: residual + act(norm(x))."""
 
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+    def __init__(self, norm: nn.LayerNorm | model.RMSNorm2d, dtype: torch.dtype) -> None:
         self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
-        self.eps = norm.eps
+        self.eps, self.centred = norm.eps, isinstance(norm, nn.LayerNorm)
 
     def __call__(
         self, x: Tensor, backend: str | None, residual: Tensor | None = None, activation: str = "none"
     ) -> Tensor:
         if plain("channel_norm", x, backend):
-            y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-            y = activate(y.permute(0, 3, 1, 2), activation)
+            y = activate(self._plain(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), activation)
             return y if residual is None else y.add_(residual)
-        return ops.channel_norm(
-            x, self.weight, self.bias, residual=residual, activation=activation, eps=self.eps, backend=backend
-        )
+        settings = {"residual": residual, "activation": activation, "eps": self.eps, "centred": self.centred}
+        return ops.channel_norm(x, self.weight, self.bias, **settings, backend=backend)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The norm over the last axis."""
+        if self.centred:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).add_(self.bias)
 
 
 class Tail:
@@ -142,7 +146,7 @@ class Expand:
 class Output:
     """Norm, ReLU and the layer that makes the three colours."""
 
-    def __init__(self, norm: nn.LayerNorm, layer: nn.Conv2d | model.Upsample, dtype: torch.dtype) -> None:
+    def __init__(self, norm: nn.Module, layer: nn.Conv2d | model.Upsample, dtype: torch.dtype) -> None:
         self.norm = Norm(norm, dtype)
         self.shuffle = isinstance(layer, model.Upsample)
         self.conv = Conv(layer.conv if self.shuffle else layer, dtype)

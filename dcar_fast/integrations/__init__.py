@@ -2,9 +2,20 @@
 
 patch_diffloss(obj), unpatch(obj), explain(obj): the diffusion heads of the MAR family (MAR, HART, MaskGen, DC-AR).
 accelerate(generator): the released DC-AR generator, on FastSampler.
+accelerate_autoencoder(module): DC-AE decoders, efficientvit's and diffusers'.
 """
 
+from dcar_fast.integrations.autoencoder import DecoderPatch, accelerate_autoencoder
 from dcar_fast.integrations.dcar import AcceleratedGenerator, accelerate
 from dcar_fast.integrations.diffloss import Patch, explain, patch_diffloss, unpatch
 
-__all__ = ["AcceleratedGenerator", "Patch", "accelerate", "explain", "patch_diffloss", "unpatch"]
+__all__ = [
+    "AcceleratedGenerator",
+    "DecoderPatch",
+    "Patch",
+    "accelerate",
+    "accelerate_autoencoder",
+    "explain",
+    "patch_diffloss",
+    "unpatch",
+]

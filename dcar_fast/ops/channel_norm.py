@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of each pixel, with activation and residual, on the fastest backend there is."""
+"""LayerNorm or RMSNorm over the channels of each pixel, with activation and residual, on the fastest backend."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def channel_norm(
     residual: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
+    centred: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + act(LayerNorm(x)) with x and residual (B, C, H, W), weight and bias (C,) -> (B, C, H, W).
+    """residual + act(norm(x)) with x and residual (B, C, H, W), weight and bias (C,) -> (B, C, H, W).
 
-    The norm runs over the C channels of each pixel, with float32 statistics (float64 for float64); ``activation`` is
-    "none", "relu" or "silu". The result has the type of x and is contiguous or channels_last as x is. float32, float16,
-    bfloat16; float64 on the reference backend only. Formula: ``reference/channel_norm.py``.
+    The norm, LayerNorm or (not ``centred``) RMSNorm, runs over the C channels of each pixel, with float32 statistics
+    (float64 for float64); ``activation`` is "none", "relu" or "silu". The result has the type of x and is contiguous or
+    channels_last as x is. float32, float16, bfloat16; float64 on the reference backend only. Formula:
+    ``reference/channel_norm.py``.
 
     ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together and for
     inputs that ask for a gradient: inference only.
@@ -44,8 +46,10 @@ def channel_norm(
         check_like("x", x, "residual", residual)
     check_choice("activation", activation, ACTIVATIONS)
     check_number("eps", eps, 0.0)
+    if not isinstance(centred, bool):
+        raise ValueError(f"centred is {centred!r}, allowed are True and False")
     check_no_grad("channel_norm", x=x, weight=weight, bias=bias, residual=residual)
-    return _channel_norm(x, weight, bias, residual, activation, eps, backend)
+    return _channel_norm(x, weight, bias, residual, activation, eps, centred, backend)
 
 
 def _run(
@@ -55,9 +59,10 @@ def _run(
     residual: Tensor | None,
     activation: str,
     eps: float,
+    centred: bool,
     backend: str | None,
 ) -> Tensor:
-    return choose_for("channel_norm", x, backend).run(x, weight, bias, residual, activation, eps)
+    return choose_for("channel_norm", x, backend).run(x, weight, bias, residual, activation, eps, centred)
 
 
 def _fake(
@@ -67,33 +72,35 @@ def _fake(
     residual: Tensor | None,
     activation: str,
     eps: float,
+    centred: bool,
     backend: str | None,
 ) -> Tensor:
     return empty_image(x, *x.shape[1:])
 
 
 _channel_norm = define(
-    "channel_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps, str? backend)"
-    " -> Tensor",
+    "channel_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps, bool centred, "
+    "str? backend) -> Tensor",
     _run,
     _fake,
 )
 
 
 def _run_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float, centred: bool
 ) -> Tensor:
-    out = reference.channel_norm(x, weight, bias, residual=residual, activation=activation, eps=eps)
+    settings = {"residual": residual, "activation": activation, "eps": eps, "centred": centred}
+    out = reference.channel_norm(x, weight, bias, **settings)
     return in_format_of(x, out)
 
 
 def _run_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float, centred: bool
 ) -> Tensor:
     from dcar_fast.kernels.channel_norm import channel_norm as kernel  # triton is loaded on use only
 
     with current(x.device):
-        return kernel(x, weight, bias, residual, activation, eps)
+        return kernel(x, weight, bias, residual, activation, eps, centred)
 
 
 register(

@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of each pixel, with activation and residual."""
+"""LayerNorm or RMSNorm over the channels of each pixel, with activation and residual."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ def channel_norm(
     residual: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
+    centred: bool = True,
 ) -> Tensor:
-    """residual + act(LayerNorm(x)) with x and residual (B, C, H, W), weight and bias (C,) -> (B, C, H, W), type of x.
+    """residual + act(norm(x)) with x and residual (B, C, H, W), weight and bias (C,) -> (B, C, H, W), type of x.
 
     At each pixel the C channels lose their mean, are divided by sqrt(variance + eps) (variance without Bessel's
-    correction) and go through weight and bias; then the activation: "none", "relu" or "silu". Computed in float32,
-    float64 for float64, and rounded once.
+    correction) and go through weight and bias; then the activation: "none", "relu" or "silu". Not ``centred`` (RMSNorm)
+    they keep their mean and are divided by sqrt(mean of squares + eps). Computed in float32, float64 for float64, and
+    rounded once.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pixels = x.permute(0, 2, 3, 1).to(wide)  # (B, H, W, C)
-    out = F.layer_norm(pixels, pixels.shape[-1:], weight.to(wide), bias.to(wide), eps).permute(0, 3, 1, 2)
-    out = activate(out, activation)
+    if centred:
+        out = F.layer_norm(pixels, pixels.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    else:
+        out = F.rms_norm(pixels, pixels.shape[-1:], weight.to(wide), eps) + bias.to(wide)
+    out = activate(out.permute(0, 3, 1, 2), activation)
     return (out if residual is None else residual.to(wide) + out).to(x.dtype)

@@ -20,29 +20,52 @@ GPU = ["reference", "triton", None]
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 1, 9), (2, 256, 4, 3), (1, 1030, 2, 3)]
 
 
-def spelled_out(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float = 1e-5):
-    centred = x - x.mean(1, keepdim=True)
-    out = centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
+def spelled_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    eps: float = 1e-5,
+    centred: bool = True,
+) -> Tensor:
+    x = x - x.mean(1, keepdim=True) if centred else x
+    out = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
     out = out * weight[:, None, None] + bias[:, None, None]
     out = {"none": out, "relu": out.relu(), "silu": out * out.sigmoid()}[activation]
     return out if residual is None else residual + out
 
 
-def check(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> None:
+def check(
+    got: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    centred: bool = True,
+) -> None:
     def at(dtype: torch.dtype) -> Tensor:
         values = (None if value is None else value.cpu().to(dtype) for value in (x, weight, bias, residual))
-        return spelled_out(*values, activation)
+        return spelled_out(*values, activation, centred=centred)
 
     check_close(got.cpu(), at(torch.float32).to(got.dtype), at(torch.float64), f"{activation} {x.shape}")
 
 
 def compare(backend: str | None, dtype: torch.dtype, layout: str, shape: tuple[int, ...], device: str) -> None:
     weight, bias = (normals(shape[1], seed=seed, dtype=dtype).to(device) for seed in (1, 2))
-    for activation, with_residual in (("none", True), ("relu", False), ("silu", True)):
+    for activation, with_residual, centred in (
+        ("none", True, True),
+        ("relu", False, True),
+        ("silu", True, True),
+        ("none", True, False),
+        ("relu", False, False),
+    ):
         x = lay_out((3 * normals(*shape) + 1).to(device, dtype), layout)
         residual = lay_out(normals(*shape, seed=3).to(device, dtype), layout) if with_residual else None
-        got = channel_norm(x, weight, bias, residual=residual, activation=activation, backend=backend)
-        check(got, x, weight, bias, residual, activation)
+        settings = {"residual": residual, "activation": activation, "centred": centred}
+        got = channel_norm(x, weight, bias, **settings, backend=backend)
+        check(got, x, weight, bias, residual, activation, centred)
         check_format(got, layout)
 
 
@@ -159,6 +182,7 @@ X, W = torch.ones(2, 4, 3, 5), torch.ones(4)
         ({"residual": X[:1]}, r"residual has shape \(1, 4, 3, 5\), allowed is \(2, 4, 3, 5\)"),
         ({"residual": X.half()}, "residual is torch.float16, allowed is the type of x, torch.float32"),
         ({"activation": "gelu"}, "activation is 'gelu', allowed are 'none', 'relu', 'silu'"),
+        ({"centred": 1}, "centred is 1, allowed are True and False"),
         ({"eps": -1.0}, "eps is -1.0, allowed is a finite number >= 0"),
         ({"eps": float("nan")}, "eps is nan, allowed is a finite number >= 0"),
         ({"x": X.clone().requires_grad_()}, "x requires a gradient, which channel_norm does not have"),

@@ -22,10 +22,12 @@ def check(
     residual: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
+    centred: bool = True,
 ) -> None:
-    plain = reference(x, weight, bias, residual=residual, activation=activation, eps=eps)
+    settings = {"activation": activation, "eps": eps, "centred": centred}
+    plain = reference(x, weight, bias, residual=residual, **settings)
     wide = None if residual is None else residual.double()
-    truth = reference(x.double(), weight.double(), bias.double(), residual=wide, activation=activation, eps=eps)
+    truth = reference(x.double(), weight.double(), bias.double(), residual=wide, **settings)
     check_close(got, plain, truth, f"{activation} {tuple(x.shape)}")
 
 
@@ -38,11 +40,16 @@ def check(
 def test_float64_agrees(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight, bias = normals(shape[1], seed=1, dtype=dtype), normals(shape[1], seed=2, dtype=dtype)
     for layout in ("contiguous", "channels_last"):
-        for activation, with_residual in (("none", True), ("relu", False), ("silu", True)):
+        for activation, with_residual, centred in (
+            ("none", True, True),
+            ("relu", False, True),
+            ("silu", True, True),
+            ("none", True, False),
+        ):
             x = lay_out((3 * normals(*shape) + 1).to(dtype), layout)
             residual = lay_out(normals(*shape, seed=3, dtype=dtype), layout) if with_residual else None
-            got = kernels.channel_norm(x, weight, bias, residual, activation, 1e-5)
-            check(got, x, weight, bias, residual, activation)
+            got = kernels.channel_norm(x, weight, bias, residual, activation, 1e-5, centred)
+            check(got, x, weight, bias, residual, activation, centred=centred)
             check_format(got, layout)
 
 
@@ -62,7 +69,12 @@ def test_every_configuration_gives_the_same(config, channels: int) -> None:
     x, weight, bias = normals(2, channels, 3, 7), normals(channels, seed=1), normals(channels, seed=2)
     for layout in ("contiguous", "channels_last"):
         check(
-            kernels.channel_norm(lay_out(x, layout), weight, bias, x, "silu", 1e-5, config), x, weight, bias, x, "silu"
+            kernels.channel_norm(lay_out(x, layout), weight, bias, x, "silu", 1e-5, True, config),
+            x,
+            weight,
+            bias,
+            x,
+            "silu",
         )
 
 
