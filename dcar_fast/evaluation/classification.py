@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from dcar_fast.evaluation.segmentation import Region, hue_distance, hue_of
-from dcar_fast.training.shapes.scene import COLOURS, SIZES
+from dcar_fast.training.shapes.scene import COLOURS
 
 LEAST_FIT = 0.75
 EDGES = (1.0, 2.0, 3.5)  # widths of the templates' edges in pixels: anti-aliased, and twice blurred
@@ -21,11 +21,7 @@ STEP = math.radians(5)
 SIDES = {"square": 4, "triangle": 3}
 # half of the smallest distance between two names' hues (red and yellow)
 MOST_HUE_DISTANCE = 0.075
-# geometric means of the gaps between the sizes' ranges: 0.205 and 0.306 of the picture's side
-SIZE_BORDERS = (
-    math.sqrt(SIZES["small"][1] * SIZES["medium"][0]),
-    math.sqrt(SIZES["medium"][1] * SIZES["large"][0]),
-)
+SIZE_BORDERS = (0.205, 0.3)  # between small and medium, medium and large, of the picture's side
 
 
 def shape_of(region: Region) -> tuple[str | None, dict[str, float]]:

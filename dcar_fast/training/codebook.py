@@ -91,6 +91,37 @@ def replace_codes(
 
 
 @torch.no_grad()
+def merge_codes(weight: Tensor, cosine: float) -> int:
+    """Makes one code of codes (V, C) that point nearly the same way, in place; returns how many directions are left.
+
+    The two with the largest cosine become their mean (each counts for as many codes as it stands for), again and again
+    until no cosine reaches ``cosine``. Merged codes all hold that mean, so that the lowest id of them is chosen and the
+    others are dead. Codes that are almost equal tell nothing apart: which of them is chosen is noise to a generator.
+    """
+    codes = torch.nn.functional.normalize(weight.double(), dim=1)
+    stands_for = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
+    stand_in = torch.arange(len(codes), device=codes.device)  # of every code, itself or a lower one
+    cosines = (codes @ codes.T).fill_diagonal_(-2)
+    while len(codes) > 1:
+        largest, place = cosines.flatten().max(dim=0)
+        if largest < cosine:
+            break
+        kept, gone = sorted(divmod(int(place), len(codes)))
+        mean = stands_for[kept] * codes[kept] + stands_for[gone] * codes[gone]
+        codes[kept] = torch.nn.functional.normalize(mean, dim=0)
+        stands_for[kept] += stands_for[gone]
+        stand_in[stand_in == gone] = kept
+        cosines[kept] = cosines[:, kept] = torch.where(cosines[kept] > -2, codes @ codes[kept], -2)
+        cosines[gone] = cosines[:, gone] = -2
+        cosines[kept, kept] = -2
+    merged = stand_in != torch.arange(len(codes), device=codes.device)
+    changed = merged | torch.isin(torch.arange(len(codes), device=codes.device), stand_in[merged])
+    lengths = weight.double().norm(dim=1, keepdim=True)
+    weight[changed] = (codes * lengths)[stand_in][changed].to(weight.dtype)  # equal bit by bit
+    return int((~merged).sum())
+
+
+@torch.no_grad()
 def codebook_statistics(tokenizer: DCHT, batches: Iterable[Tensor]) -> dict[str, float | int]:
     """What a tokenizer makes of pictures: batches of (B, 3, H, W) float in [-1, 1], at least one.
 

@@ -217,6 +217,8 @@ class TokenizerTraining(_Settings):
     """At the start of the discrete stage: the codes as they are, or encoder outputs of the first steps."""
     restart_dead_codes_after: int = 0
     """Steps without use after which a code is replaced by an encoder output; 0: never."""
+    merge_codes: float = 0.0
+    """At the start of the alternate stage: codes of at least this cosine become one; 0: none."""
     residual_std_examples: int = 1024
     """Pictures on which an exported tokenizer's residuals are measured."""
     preview_examples: int = 8
@@ -229,8 +231,10 @@ class TokenizerTraining(_Settings):
         self._require_text("initial", "lpips_weights")
         self._require("initial", bool(self.initial) or self.stage != "alternate", "given for stage 'alternate'")
         self._require_choice("reconstruction", ("mse", "l1"))
-        for name in ("lpips_weight", "gan_weight", "quantizer_weight"):
+        for name in ("lpips_weight", "gan_weight", "quantizer_weight", "merge_codes"):
             self._require_number(name)
+        self._require("merge_codes", not self.merge_codes or self.stage == "alternate", "0 but for stage 'alternate'")
+        self._require("merge_codes", self.merge_codes < 1, "below 1")
         for name in ("gan_start", "restart_dead_codes_after", "preview_examples"):
             self._require_int(name, 0)
         for name in ("discriminator_width", "discriminator_layers", "residual_std_examples"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from dcar_fast.checkpoints import read_tokenizer
 from dcar_fast.config import DCHTConfig, preset
 from dcar_fast.models.tokenizer import DCHT
+from dcar_fast.training.codebook import merge_codes
 from dcar_fast.training.data.loader import make_loader, random_access_loader
 from dcar_fast.training.data.split import Split
 from dcar_fast.training.discriminator import smallest_side
@@ -97,7 +98,11 @@ def _initial(settings: TokenizerTraining, config: DCHTConfig) -> tuple[DCHT, dic
             f"initial: stage 'alternate' needs trained codes, {settings.initial} is of stage 'continuous'; train stage "
             "'discrete' first"
         )
-    return dcht.float(), details
+    dcht = dcht.float()
+    if settings.merge_codes:
+        left = merge_codes(dcht.quantizer.embedding.weight, settings.merge_codes)
+        log.info("merge_codes %g: %d of %d codes are left", settings.merge_codes, left, config.codebook_size)
+    return dcht, details
 
 
 def _check_picture_size(settings: TokenizerTraining, config: DCHTConfig) -> None:

@@ -9,7 +9,15 @@ import torch
 
 from dcar_fast.config import DCHTConfig
 from dcar_fast.models.tokenizer import DCHT
-from dcar_fast.training.codebook import WINDOW, CodebookUsage, codebook_statistics, perplexity, replace_codes
+from dcar_fast.reference.vq_lookup import vq_lookup
+from dcar_fast.training.codebook import (
+    WINDOW,
+    CodebookUsage,
+    codebook_statistics,
+    merge_codes,
+    perplexity,
+    replace_codes,
+)
 
 
 def tiny() -> DCHT:
@@ -107,3 +115,38 @@ def test_statistics_leave_the_modes_as_they_were():
 def test_statistics_of_nothing_are_refused():
     with pytest.raises(ValueError, match="at least one picture"):
         codebook_statistics(tiny(), [])
+
+
+# ---- merging
+
+
+def test_codes_that_point_the_same_way_become_one():
+    generator = torch.Generator().manual_seed(0)
+    far = torch.nn.functional.normalize(torch.randn(5, 16, generator=generator), dim=1)
+    near = far[[3, 0, 3]] + 0.01 * torch.randn(3, 16, generator=generator)
+    weight = torch.cat((far, near)) * torch.linspace(0.5, 2, 8)[:, None]
+    before = weight.clone()
+    assert merge_codes(weight, 0.98) == 5
+    assert torch.equal(weight[[1, 2, 4]], before[[1, 2, 4]])  # what is far from all others stays, bit by bit
+    assert torch.equal(weight[3], weight[5]) and torch.equal(weight[3], weight[7]) and torch.equal(weight[0], weight[6])
+    directions = torch.nn.functional.normalize(before, dim=1)
+    mean = torch.nn.functional.normalize(directions[[3, 5, 7]].mean(dim=0), dim=0)
+    assert torch.allclose(torch.nn.functional.normalize(weight[3], dim=0), mean, atol=1e-6)
+    ids, _, _ = vq_lookup(before, weight)
+    assert ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 3]  # the lowest of equal codes
+    assert merge_codes(weight, 0.98) == 5 and merge_codes(before.clone(), 0.9999999) == 8
+
+
+def test_a_chain_of_codes_stops_where_the_means_are_apart():
+    angles = torch.arange(0, 1.2, 0.1)
+    weight = torch.stack((angles.cos(), angles.sin()), dim=1)
+    left = merge_codes(weight, math.cos(0.15))
+    directions = torch.unique(weight.round(decimals=5), dim=0)
+    assert len(directions) == left < len(angles)
+    cosines = torch.nn.functional.normalize(directions, dim=1) @ torch.nn.functional.normalize(directions, dim=1).T
+    assert cosines.fill_diagonal_(-1).max() < math.cos(0.15) + 1e-4
+
+
+def test_all_codes_may_become_one():
+    weight = torch.ones(4, 3)
+    assert merge_codes(weight, 0.5) == 1 and torch.equal(weight, torch.ones(4, 3))

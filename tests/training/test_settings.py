@@ -21,6 +21,7 @@ from dcar_fast.training.yaml_config import dump, load_recipe, parse, recipe_name
 
 RUN = {"output": "out", "steps": 3, "batch_size": 4}
 TOKENIZER = {"run": RUN}
+ALTERNATE = TOKENIZER | {"stage": "alternate", "initial": "x"}
 GENERATOR = {"run": RUN, "tokenizer": "folder"}
 RECIPES = {
     "dc-ht-256-continuous",
@@ -115,6 +116,8 @@ def test_published_numbers():
         (TokenizerTraining, TOKENIZER | {"data": {"size": 8}}, r"data\.size must be 16\.\.4096"),
         (TokenizerTraining, TOKENIZER | {"data": "x"}, "data must be DataSettings, got 'x'"),
         (TokenizerTraining, TOKENIZER | {"stage": "alternate"}, "initial must be given for stage 'alternate'"),
+        (TokenizerTraining, TOKENIZER | {"merge_codes": 0.9}, "merge_codes must be 0 but for stage 'alternate'"),
+        (TokenizerTraining, ALTERNATE | {"merge_codes": 1}, "merge_codes must be below 1"),
         (TokenizerTraining, TOKENIZER | {"optimizer": {"betas": [0.9, 1]}}, r"optimizer\.betas must be two numbers"),
         (TokenizerTraining, TOKENIZER | {"optimizer": {"clip": float("nan")}}, r"optimizer\.clip must be a finite"),
         (TokenizerTraining, TOKENIZER | {"model": "dc-ar-2"}, "model must be one of"),

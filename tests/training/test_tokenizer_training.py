@@ -14,6 +14,7 @@ from PIL import Image
 
 from dcar_fast.checkpoints import load_tokenizer, read_tokenizer, save_tokenizer
 from dcar_fast.config import PipelineConfig
+from dcar_fast.training.codebook import merge_codes
 from dcar_fast.training.settings import TokenizerTraining
 from dcar_fast.training.tokenizer_model import psnr
 from dcar_fast.training.tokenizer_setup import make_tokenizer_task, pictures, train_tokenizer
@@ -100,6 +101,17 @@ def test_alternate_stage_improves_the_hybrid_path_and_freezes_the_encoder(folder
         if name.startswith(("encoder.", "quantizer.")):
             assert torch.equal(tensor, states[1][name]), name
     assert not torch.equal(*(state["decoder.project_in.conv.weight"] for state in states))
+
+
+def test_almost_equal_codes_are_merged_before_the_alternate_stage(folder, chain, tmp_path, caplog):
+    initial = str(chain["discrete"] / "model")
+    with caplog.at_level("INFO", "dcar_fast"):
+        train_tokenizer(settings(folder, tmp_path, 2, "alternate", initial=initial, merge_codes=0.9))
+    before, after = (load_tokenizer(path).quantizer.embedding.weight for path in (initial, tmp_path / "model"))
+    left = len(torch.unique(after, dim=0))
+    assert left < len(torch.unique(before, dim=0)) and f"merge_codes 0.9: {left} of 64 codes are left" in caplog.text
+    expected = before.detach().clone()
+    assert merge_codes(expected, 0.9) == left and torch.equal(after, expected)
 
 
 def test_folders_tell_their_stage_and_residuals(chain):

@@ -9,9 +9,9 @@ import numpy as np
 from dcar_fast.training.shapes.scene import COLOURS, SHAPES, SIZES, Ask, Background, Object, Scene
 
 # Little varies but what captions speak of: a small model on a CPU then learns in hours what they say.
-HUE_SPREAD = 0.012
-SATURATION, VALUE = (0.9, 1.0), (0.88, 1.0)
-LATTICE = 16  # centres lie on multiples of the picture's side over so much
+HUE_SPREAD = 0.005
+SATURATION, VALUE = (0.96, 1.0), (0.95, 1.0)
+LATTICE = 8  # centres lie on multiples of the picture's side over so much: corners of 8 px patches at 64 px
 TONES = (0.06, 0.2, 0.35, 0.5, 0.65, 0.8, 0.97)  # values of backgrounds
 TINTS = 6  # hues of those that are not grey
 TINTED = 0.18  # their saturation

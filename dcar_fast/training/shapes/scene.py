@@ -7,7 +7,7 @@ from dataclasses import dataclass
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": 0.0, "green": 0.33, "blue": 0.62, "yellow": 0.15}
 """Colour names and their hues in 0..1; pictures vary by +-0.05 at most."""
-SIZES = {"small": (0.165, 0.175), "medium": (0.24, 0.26), "large": (0.36, 0.39)}
+SIZES = {"small": (0.165, 0.17), "medium": (0.22, 0.23), "large": (0.365, 0.38)}
 """Size names and their ranges, in units of the picture's side: the side of the square of equal area."""
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = ("top left", "top right", "bottom left", "bottom right", "centre")
