@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it; "ops" is the module itself
+# public name -> module that defines it; "ops" and "integrations" are the modules themselves
 _PUBLIC = {
     "DCHTConfig": "dcar_fast.config",
     "DCARConfig": "dcar_fast.config",
@@ -36,12 +36,13 @@ _PUBLIC = {
     "load_official_tokenizer": "dcar_fast.checkpoints",
     "DCARPipeline": "dcar_fast.pipeline",
     "ops": "dcar_fast.ops",
+    "integrations": "dcar_fast.integrations",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from dcar_fast import ops
+    from dcar_fast import integrations, ops
     from dcar_fast.checkpoints import load_official_generator, load_official_tokenizer
     from dcar_fast.config import DCARConfig, DCHTConfig, PipelineConfig, SamplingConfig, TextEncoderConfig
     from dcar_fast.models.dcar import DCAR, Output
