@@ -248,14 +248,15 @@ def tail(
     noise: torch.Tensor | Counter,
     coefficients: torch.Tensor,
     *,
-    guidance: float,
+    guidance: float | torch.Tensor,
     temperature: float,
     from_conditional: bool,
     clip: bool,
     config: Config | None = None,
 ) -> torch.Tensor:
     """x' as x (R or 2R, C) float32, from the residual stream h (rows, W). One launch. See ops/denoise_step.py."""
-    guided = guidance != 1.0
+    stored = isinstance(guidance, torch.Tensor)
+    guided = stored or guidance != 1.0
     rows, (carried, channels) = len(h) // 2 if guided else len(h), x.shape
     config = config or TAIL.pick(x.device, rows=rows, channels=channels, bytes=weight.element_size())
     out = torch.empty_like(x)
@@ -283,6 +284,7 @@ def tail(
         guidance=guidance,
         temperature=temperature,
         GUIDED=guided,
+        STORED=stored,
         BOTH=guided and carried > rows,
         FROM_CONDITIONAL=from_conditional,
         CLIP=clip,

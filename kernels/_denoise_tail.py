@@ -87,9 +87,10 @@ def tail_kernel(
     stride,
     column,
     step,
-    guidance,
+    guidance,  # a number, or where it is stored if STORED
     temperature,
     GUIDED: tl.constexpr,
+    STORED: tl.constexpr,
     BOTH: tl.constexpr,  # x holds the unconditional rows too
     FROM_CONDITIONAL: tl.constexpr,  # c + s (c - u), else u + s (c - u)
     CLIP: tl.constexpr,
@@ -133,10 +134,14 @@ def tail_kernel(
     if GUIDED:
         conditional, unconditional = halves(epsilon, OWN_M, BLOCK_C)
         variance, other_variance = halves(variance, OWN_M, BLOCK_C)
-        if FROM_CONDITIONAL:
-            epsilon = (1.0 + guidance) * conditional - guidance * unconditional
+        if STORED:
+            scale = tl.load(guidance)
         else:
-            epsilon = unconditional + guidance * (conditional - unconditional)
+            scale = guidance
+        if FROM_CONDITIONAL:
+            epsilon = (1.0 + scale) * conditional - scale * unconditional
+        else:
+            epsilon = unconditional + scale * (conditional - unconditional)
         if BOTH:
             finish(x, epsilon, other_variance, noise, seeds, tokens, coefficients, out, own + rows, live, first,
                    channels, step, temperature, CLIP, COUNTER, OWN_M, BLOCK_C)  # fmt: skip

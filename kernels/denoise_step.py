@@ -38,7 +38,7 @@ def denoise_step(
     coefficients: torch.Tensor,
     noise: torch.Tensor | Counter,
     *,
-    guidance: float,
+    guidance: float | torch.Tensor,
     temperature: float,
     from_conditional: bool,
     clip: bool,
@@ -51,7 +51,8 @@ def denoise_step(
     if not len(x):
         return torch.empty_like(x)
     width = len(weights.input_weight)
-    fed = x[: len(modulation) // 2] if guidance != 1.0 else x
+    guided = isinstance(guidance, torch.Tensor) or guidance != 1.0
+    fed = x[: len(modulation) // 2] if guided else x
     h, moments = parts.project(fed, weights.input_weight, weights.input_bias)
     column = 0  # where a block's shifts begin; scales and gates follow
     for norm_weight, norm_bias, hidden_weight, hidden_bias, block_weight, block_bias in zip(
@@ -210,8 +211,16 @@ def _tail_variants(
     signature = dict.fromkeys(("h", "modulation", "weight", "bias"), f"*{name}")
     signature |= dict.fromkeys(("moments", "x", "noise", "coefficients", "out"), "*fp32")
     signature |= dict.fromkeys((*integers, "pieces", "step"), "i32")
-    signature |= {"seeds": "*i64", "tokens": "*i64", "guidance": "fp32", "temperature": "fp32"}
-    dialect = {"GUIDED": guided, "BOTH": both, "FROM_CONDITIONAL": 1 - both, "CLIP": 1 - both, "COUNTER": counter}
+    stored = guided and both  # guidance of a graph of somebody else's sampler
+    signature |= {"seeds": "*i64", "tokens": "*i64", "guidance": "*fp32" if stored else "fp32", "temperature": "fp32"}
+    dialect = {
+        "GUIDED": guided,
+        "STORED": stored,
+        "BOTH": both,
+        "FROM_CONDITIONAL": 1 - both,
+        "CLIP": 1 - both,
+        "COUNTER": counter,
+    }
     words = ("guided" if guided else "unguided", *(["all rows"] if both else []), *(["counter"] if counter else []))
     return [
         Variant(

@@ -20,6 +20,7 @@ class FusedHead:
 
     def __init__(self, head: nn.Module, schedule: Schedule, dtype: torch.dtype, backend: str | None) -> None:
         self.weights, self.backend = pack_head(head, dtype), backend
+        self.channels = self.weights.channels
         self.steps = step_coefficients(schedule, self.weights.input_weight.device)  # (K, 8)
         self.times = embed_timesteps(self.weights, schedule.timesteps)  # (K, W)
 
@@ -29,7 +30,7 @@ class FusedHead:
         latent_init: Tensor,
         latent: Callable[[int], Tensor | LatentNoise],
         *,
-        guidance: float,
+        guidance: float | Tensor,
         dialect: Dialect,
         temperature: float = 1.0,
         progress: Callable[[int], None] | None = None,

@@ -54,7 +54,7 @@ class Head:
         latent_init: Tensor,
         latent: Callable[[int], Tensor],
         *,
-        guidance: float,
+        guidance: float | Tensor,
         dialect: Dialect,
         temperature: float = 1.0,
         progress: Callable[[int], None] | None = None,
@@ -62,9 +62,9 @@ class Head:
         """condition (R, Z), [cond; uncond] unless guidance is 1 -> samples float32, as many as in latent_init.
 
         As ``models.diffusion_head.sample_rows``: under guidance latent_init and latent(i) have R/2 rows, and only the
-        conditional half is carried along, or R.
+        conditional half is carried along, or R. A scalar tensor is guidance whatever its value.
         """
-        rows, guided = len(condition), guidance != 1.0
+        rows, guided = len(condition), isinstance(guidance, Tensor) or guidance != 1.0
         half = rows // 2 if guided else rows
         embedded = self.cond_embed(condition.to(self.dtype))  # (R, W)
         x = latent_init
@@ -87,8 +87,9 @@ class Head:
         steps = range(self.schedule.num_steps - 1, -1, -1)
         together = max(1, ROWS // max(1, len(embedded)))
         for start in range(0, len(steps), together):
-            some = steps[start : start + together]
-            y = F.silu(embedded + self.times[list(some)].unsqueeze(1))  # (S, R, W)
+            some = steps[start : start + together]  # descending
+            times = self.times[some[-1] : some[0] + 1].flip(0)
+            y = F.silu(embedded + times.unsqueeze(1))  # (S, R, W)
             yield from zip(some, self.modulation(y.flatten(0, 1)).unflatten(0, y.shape[:2]), strict=True)
 
     def _blocks(self, h: Tensor, modulation: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def denoise_step(
     coefficients: Tensor,
     noise: Tensor | LatentNoise,
     *,
-    guidance: float,
+    guidance: float | Tensor,
     temperature: float,
     formula: str,
     clip: bool,
@@ -57,7 +57,8 @@ def denoise_step(
 
     guidance 1: rows = R, every row for itself. Otherwise the first half of the rows is conditional, the second
     unconditional, and R is rows / 2 (x holds the conditional half) or rows (both halves: both are fed the first
-    one's x and share the guided epsilon, each keeps its own x, variance and noise). formula of the guided epsilon:
+    one's x and share the guided epsilon, each keeps its own x, variance and noise). A scalar float32 tensor is guidance
+    whatever its value, at which nobody looks: a CUDA graph can be given another one. formula of the guided epsilon:
     "c+s(c-u)" (DC-AR, HART) or "u+s(c-u)" (MAR). clip: x_0 is clamped to [-1, 1]. temperature: factor on the noise.
 
     ``backend``: see ``_dispatch.choose``. Raises ValueError, before any work, for what does not fit together and for
@@ -81,13 +82,22 @@ def denoise_step(
         raise ValueError(f"coefficients is {coefficients.dtype}, allowed is torch.float32")
     check_same_device("x", x, "modulation", modulation)
     check_same_device("x", x, "coefficients", coefficients)
-    _check_settings(guidance, temperature, formula, clip)
+    stored = guidance if isinstance(guidance, Tensor) else None
+    if stored is not None:
+        check_tensor("guidance", stored, ())
+        check_same_device("x", x, "guidance", stored)
+        if stored.dtype != torch.float32:
+            raise ValueError(f"guidance is {stored.dtype}, allowed are torch.float32 and numbers")
+        guidance = 0.0  # in the tensor
+    else:
+        check_number("guidance", guidance)
+    _check_settings(temperature, formula, clip)
     _check_rows(x.shape[0], modulation.shape[0], guidance)
-    check_no_grad("denoise_step", x=x, modulation=modulation, coefficients=coefficients, **weights._asdict())
+    asked = {"x": x, "modulation": modulation, "coefficients": coefficients, **weights._asdict()}
+    check_no_grad("denoise_step", **asked, **({} if stored is None else {"guidance": stored}))
     values, seeds, tokens, step = _check_noise(noise, x)
-    tensors = list(weights)
-    settings = (float(guidance), float(temperature), formula, clip, backend)
-    return _denoise_step(x, modulation, tensors, coefficients, values, seeds, tokens, step, *settings)
+    settings = (float(guidance), float(temperature), formula, clip, backend, stored)
+    return _denoise_step(x, modulation, list(weights), coefficients, values, seeds, tokens, step, *settings)
 
 
 def _check_weights(weights: HeadWeights, x: Tensor) -> None:
@@ -116,8 +126,7 @@ def _check_weights(weights: HeadWeights, x: Tensor) -> None:
         check_same_device("x", x, f"weights.{name}", value)
 
 
-def _check_settings(guidance: float, temperature: float, formula: str, clip: bool) -> None:
-    check_number("guidance", guidance)
+def _check_settings(temperature: float, formula: str, clip: bool) -> None:
     check_number("temperature", temperature)
     if not isinstance(clip, bool):
         raise ValueError(f"clip is {clip!r}, allowed are True and False")
@@ -167,6 +176,7 @@ def _run(
     formula: str,
     clip: bool,
     backend: str | None,
+    stored: Tensor | None,
 ) -> Tensor:
     if values is None:
         assert seeds is not None and tokens is not None
@@ -175,7 +185,8 @@ def _run(
         noise: Tensor | LatentNoise = LatentNoise(seeds, tokens, step)
     else:
         noise = values.float()
-    settings = {"guidance": guidance, "temperature": temperature, "formula": formula, "clip": clip}
+    scale = guidance if stored is None else stored
+    settings = {"guidance": scale, "temperature": temperature, "formula": formula, "clip": clip}
     run = choose("denoise_step", x.device, backend).run
     return run(x, modulation, HeadWeights(*weights), coefficients, noise, **settings)
 
@@ -186,7 +197,8 @@ def _fake(x: Tensor, *rest: object) -> Tensor:
 
 _denoise_step = define(
     "denoise_step(Tensor x, Tensor modulation, Tensor[] weights, Tensor coefficients, Tensor? values, Tensor? seeds, "
-    "Tensor? tokens, int step, float guidance, float temperature, str formula, bool clip, str? backend) -> Tensor",
+    "Tensor? tokens, int step, float guidance, float temperature, str formula, bool clip, str? backend, "
+    "Tensor? stored) -> Tensor",
     _run,
     _fake,
 )
@@ -198,7 +210,7 @@ def _run_reference(
     weights: HeadWeights,
     coefficients: Tensor,
     noise: Tensor | LatentNoise,
-    **settings: float | str | bool,
+    **settings: float | str | bool | Tensor,
 ) -> Tensor:
     values = noise.normal(x.shape[1]) if isinstance(noise, LatentNoise) else noise
     return reference.denoise_step(x, modulation, weights, coefficients, values, **settings)
@@ -212,7 +224,7 @@ def _run_triton(
     noise: Tensor | LatentNoise,
     *,
     formula: str,
-    **settings: float | bool,
+    **settings: float | bool | Tensor,
 ) -> Tensor:
     from dcar_fast.kernels import denoise_step as kernels  # triton is loaded on use only
 

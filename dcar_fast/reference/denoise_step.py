@@ -83,7 +83,7 @@ def coefficients(schedule: Schedule, k: int) -> Coefficients:
     )
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float, formula: str) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor, formula: str) -> Tensor:
     """Classifier-free guidance of epsilon: "c+s(c-u)" (DC-AR, HART) or "u+s(c-u)" (MAR and its relatives)."""
     if formula == "c+s(c-u)":
         return (1 + scale) * conditional - scale * unconditional
@@ -154,20 +154,20 @@ def denoise_step(
     step: Tensor,
     noise: Tensor,
     *,
-    guidance: float,
+    guidance: float | Tensor,
     temperature: float,
     formula: str,
     clip: bool,
 ) -> Tensor:
     """x_{k-1} from x_k (R, C), both in x's dtype: network, guidance, posterior, noise.
 
-    modulation: (rows, 3DW + 2W). guidance 1: rows = R, all independent. Otherwise the first half of the rows is
-    conditional, the second unconditional, and x holds the conditional half or both; both halves are fed the first
-    half's x and share the guided epsilon, but each that is there keeps its own x, variance and noise.
+    modulation: (rows, 3DW + 2W). guidance 1, as a number: rows = R, all independent. Otherwise the first half of the
+    rows is conditional, the second unconditional, and x holds the conditional half or both; both halves are fed the
+    first half's x and share the guided epsilon, but each that is there keeps its own x, variance and noise.
     step: (8,), the fields of :class:`Coefficients`; where its ``noisy`` is 0 the noise (R, C) does not matter.
     """
     rows = len(modulation)
-    guided = guidance != 1.0
+    guided = isinstance(guidance, Tensor) or guidance != 1.0
     fed = x[: rows // 2].repeat(2, 1) if guided else x
     epsilon, variance = network(fed, modulation, weights).to(x.dtype).chunk(2, dim=1)  # (rows, C) each
     if guided:
