@@ -96,7 +96,7 @@ def denoise_step(
     asked = {"x": x, "modulation": modulation, "coefficients": coefficients, **weights._asdict()}
     check_no_grad("denoise_step", **asked, **({} if stored is None else {"guidance": stored}))
     values, seeds, tokens, step = _check_noise(noise, x)
-    settings = (float(guidance), float(temperature), formula, clip, backend, stored)
+    settings = (float(guidance), float(temperature), formula, clip, stored, backend)
     return _denoise_step(x, modulation, list(weights), coefficients, values, seeds, tokens, step, *settings)
 
 
@@ -175,8 +175,8 @@ def _run(
     temperature: float,
     formula: str,
     clip: bool,
-    backend: str | None,
     stored: Tensor | None,
+    backend: str | None,
 ) -> Tensor:
     if values is None:
         assert seeds is not None and tokens is not None
@@ -197,8 +197,8 @@ def _fake(x: Tensor, *rest: object) -> Tensor:
 
 _denoise_step = define(
     "denoise_step(Tensor x, Tensor modulation, Tensor[] weights, Tensor coefficients, Tensor? values, Tensor? seeds, "
-    "Tensor? tokens, int step, float guidance, float temperature, str formula, bool clip, str? backend, "
-    "Tensor? stored) -> Tensor",
+    "Tensor? tokens, int step, float guidance, float temperature, str formula, bool clip, Tensor? stored, "
+    "str? backend) -> Tensor",
     _run,
     _fake,
 )

@@ -277,6 +277,19 @@ def test_last_step_ignores_the_noise(mode: str, backend: str | None) -> None:
 
 
 @pytest.mark.parametrize("backend", [*HERE, pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "unguided"])
+def test_guidance_may_be_a_tensor(mode: str, backend: str | None) -> None:
+    """Of any value: 1 is guidance too, where the number 1 is none."""
+    case = Case((4, 48, 1, 6), mode, torch.float32)
+    device = "cuda" if backend == "triton" else "cpu"
+    for number in (2.5, 0.0, 1.0):
+        case.settings["guidance"] = torch.tensor(number, device=device)
+        found = case.run(device, backend)
+        case.settings["guidance"] = number + 1e-9  # not exactly 1
+        assert error(found, case.run(device, backend)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [*HERE, pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("mode", MODES)
 def test_temperature_scales_the_noise(mode: str, backend: str | None) -> None:
     case = Case((4, 48, 1, 6), mode, torch.float32)
@@ -431,6 +444,10 @@ def test_foreign_heads(change, message: str) -> None:
         ({"noise": LatentNoise(torch.arange(3) - 1, torch.arange(3), 0)}, r"noise.seeds has values in -1..1"),
         ({"noise": LatentNoise(torch.arange(3), torch.arange(3) + 2**32, 0)}, "noise.tokens has values"),
         ({"guidance": float("nan")}, "guidance is nan, allowed is a finite number"),
+        ({"guidance": torch.ones(1)}, r"guidance has shape \(1,\), allowed is \(\)"),
+        ({"guidance": torch.tensor(2)}, "guidance is torch.int64, allowed are torch.float32 and numbers"),
+        ({"guidance": torch.tensor(2.0, device="meta")}, "guidance is on meta"),
+        ({"guidance": torch.tensor(2.0, requires_grad=True)}, "guidance requires a gradient"),
         ({"temperature": "1"}, "temperature is '1', allowed is a finite number"),
         ({"clip": 1}, "clip is 1, allowed are True and False"),
         ({"weights": None}, "weights is a NoneType, allowed are HeadWeights"),

@@ -96,6 +96,12 @@ def test_float64_agrees(shape: tuple[int, int, int, int], dtype: torch.dtype, mo
     case.check(case.run())
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "unguided"])
+def test_guidance_may_be_a_tensor(mode: str) -> None:
+    case = Case(random_weights(4, 48, 2), 6, mode)
+    case.check(case.run(guidance=torch.tensor(case.settings["guidance"])))
+
+
 def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than the rules for few of them serve, which normalise before the product and not in it."""
     launched = []
