@@ -35,8 +35,8 @@ def write(folder: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("script", "file", "kind"),
     [
-        ("mar.py", "models/diffloss.py", "MarDiffLoss"),
-        ("hart.py", "hart/modules/diffusion/diffloss.py", "HartDiffLoss"),
+        ("patch_mar.py", "models/diffloss.py", "MarDiffLoss"),
+        ("patch_hart.py", "hart/modules/diffusion/diffloss.py", "HartDiffLoss"),
     ],
 )
 def test_heads(script, file, kind, tmp_path):
@@ -47,7 +47,7 @@ def test_heads(script, file, kind, tmp_path):
     assert float(done.stdout.split()[-1]) < 1e-4
 
 
-@pytest.mark.parametrize("script", ["mar.py", "hart.py", "maskgen.py"])
+@pytest.mark.parametrize("script", ["patch_mar.py", "patch_hart.py", "patch_maskgen.py"])
 def test_without_the_other_codebase(script, tmp_path):
     done = run(script, "--repo", tmp_path)
     assert done.returncode == 1 and "give --repo the checkout of the other codebase" in done.stderr
@@ -59,13 +59,13 @@ def test_without_the_other_codebase(script, tmp_path):
 
 
 def test_the_released_generator_needs_its_checkout(tmp_path):
-    done = run("dcar.py", "--repo", tmp_path, "--generator", "x.bin", "a prompt")
+    done = run("accelerate_dcar.py", "--repo", tmp_path, "--generator", "x.bin", "a prompt")
     assert done.returncode == 1 and "holds no modeling/generator/dc_ar.py" in done.stderr
 
 
 def test_diffusers(tmp_path):
     write(tmp_path, "diffusers.py", "raise ImportError('not here')\n")
-    command = [sys.executable, str(ROOT / "examples" / "autoencoder_dc.py")]
+    command = [sys.executable, str(ROOT / "examples" / "accelerate_autoencoder.py")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 1 and "diffusers cannot be imported here: not here" in done.stderr

@@ -149,7 +149,7 @@ def test_empty(backend: str | None, shape: tuple[int, ...]) -> None:
 def test_torch_sees_one_operation() -> None:
     x, weight, bias = normals(2, 6, 4, 5), normals(6, seed=1), normals(6, seed=2)
     for image in (x, lay_out(x, "channels_last"), lay_out(x, "channels_last slice"), lay_out(x, "cutout")):
-        arguments = (image, weight, bias, image, "silu", 1e-5, None)
+        arguments = (image, weight, bias, image, "silu", 1e-5, True, None)
         torch.library.opcheck(torch.ops.dcar_fast.channel_norm.default, arguments)
 
 

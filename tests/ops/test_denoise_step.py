@@ -495,8 +495,10 @@ def graph_inputs(mode: str) -> tuple[Case, LatentNoise]:
 def test_torch_library(counter: bool) -> None:
     case, drawn = graph_inputs("guided")
     noise = (None, drawn.seeds, drawn.tokens, 2) if counter else (case.noise, None, None, 0)
-    arguments = (case.x, case.modulation, list(case.weights), case.coefficients, *noise, *case.settings.values(), None)
-    torch.library.opcheck(torch.ops.dcar_fast.denoise_step.default, arguments)
+    for stored in (None, torch.tensor(2.5)):
+        settings = (*case.settings.values(), stored, None)
+        arguments = (case.x, case.modulation, list(case.weights), case.coefficients, *noise, *settings)
+        torch.library.opcheck(torch.ops.dcar_fast.denoise_step.default, arguments)
 
 
 @pytest.mark.parametrize("counter", [False, True])

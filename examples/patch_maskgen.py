@@ -1,4 +1,4 @@
-"""MaskGen's diffusion head, as it is and patched: python examples/maskgen.py --repo PATH_TO_1D_TOKENIZER"""
+"""MaskGen's diffusion head, as it is and patched: python examples/patch_maskgen.py --repo PATH_TO_1D_TOKENIZER"""
 
 from _compare import compare, missing, reach, repository
 

@@ -1,6 +1,6 @@
 """The released DC-AR generator, as it is and accelerated, on its own GPU code:
 
-python examples/dcar.py --repo PATH_TO_DC_AR --generator pytorch_model.bin "a lighthouse at dusk"
+python examples/accelerate_dcar.py --repo PATH_TO_DC_AR --generator pytorch_model.bin "a lighthouse at dusk"
 """
 
 import time

@@ -1,4 +1,4 @@
-"""MAR's diffusion head, as it is and patched: python examples/mar.py --repo PATH_TO_MAR"""
+"""MAR's diffusion head, as it is and patched: python examples/patch_mar.py --repo PATH_TO_MAR"""
 
 from _compare import compare, missing, reach, repository
 

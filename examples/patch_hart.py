@@ -1,4 +1,4 @@
-"""HART's residual head, as it is and patched: python examples/hart.py --repo PATH_TO_HART"""
+"""HART's residual head, as it is and patched: python examples/patch_hart.py --repo PATH_TO_HART"""
 
 from _compare import compare, missing, reach, repository
 
