@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderDC, as it is and accelerated: python examples/accelerate_autoencoder.py [--model HUB_ID_OR_FOLDER]"""
+"""diffusers' AutoencoderDC, as it is and accelerated: python examples/accelerate_autoencoder.py [--model FOLDER]"""
 
 import argparse
 import sys
