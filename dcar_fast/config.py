@@ -292,7 +292,7 @@ def _shapes() -> PipelineConfig:
         head_width=128,
         head_depth=3,
         head_steps=16,
-        head_batch_multiplier=2,
+        head_batch_multiplier=1,
     )
     text = TextEncoderConfig(
         tokenizer="bytes",

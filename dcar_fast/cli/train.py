@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ class _Training:
     settings: Any
 
     def run(self) -> None:
+        logging.getLogger("dcar_fast.training").setLevel(logging.INFO)
         self.train(checked(self.settings))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +54,12 @@ class FastSample:
     ) -> None:
         self.diffloss, self.rng, self.dtype, self.graphs = diffloss, rng, dtype, graphs
         self._reset()
+
+    def refresh(self) -> None:
+        """Packs the weights and tries everything out anew in the next call, whatever was noticed."""
+        with self._lock:
+            self._recognised = None
+            forget(self.diffloss.net)
 
     def _reset(self) -> None:
         self._recognised: Recognised | None = None
@@ -139,6 +146,8 @@ class FastSample:
             raise Unrecognised(f"z is {came}, not (rows, {diffloss.net.cond_embed.in_features})")
         if z.device != weight.device:
             raise Unrecognised(f"z is on {z.device}, the head on {weight.device}")
+        if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
+            raise Unrecognised(f"z is {z.dtype}, the head {weight.dtype}")
         temperature, cfg = _number("temperature", given["temperature"]), _number("cfg", given["cfg"])
         if cfg != 1.0 and len(z) % 2:
             raise Unrecognised(f"z has {len(z)} rows, which cannot be halved")
@@ -194,19 +203,36 @@ def _try_out(diffloss: nn.Module, read_from: tuple[object, ...]) -> Recognised:
 
 
 def _read_from(diffloss: nn.Module) -> tuple[object, ...]:
-    """Everything that decides how ``sample`` works, but for the modules' kinds and weights."""
-    numbers = tuple(
-        (name, value)
-        for name, value in sorted(vars(diffloss).items())
-        if name != "training" and isinstance(value, int | float | str | bool | None)
-    )
-    net = diffloss.net
-    methods = type(diffloss).sample, type(net).forward, getattr(type(net), "forward_with_cfg", None)
-    return numbers, diffloss.gen_diffusion, net, *methods, net.__dict__.get("forward_with_cfg")
+    """Everything that decides how ``sample`` works, but for the modules' kinds and weights: values, and objects."""
+    net, diffusion = diffloss.net, diffloss.gen_diffusion
+    own = vars(diffloss) | diffloss._buffers | diffloss._parameters
+    numbers = [(name, _number_or_none(value)) for name, value in sorted(own.items()) if name != "training"]
+    tables = [_content(getattr(diffusion, name, None)) for name in ("betas", "timestep_map")]
+    kinds = [getattr(diffusion, f"model_{name}_type", None) for name in ("mean", "var")]
+    methods = type(diffloss).sample, getattr(type(net), "forward_with_cfg", None), net.__dict__.get("forward_with_cfg")
+    forwards = [type(module).forward for module in net.modules()]
+    loop = getattr(type(diffusion), "p_sample_loop", None)
+    return ([pair for pair in numbers if pair[1] is not None], tables, kinds), diffusion, net, loop, *methods, *forwards
+
+
+def _number_or_none(value: object) -> int | float | str | None:
+    """What ``sample`` may multiply by or branch on; None for anything else."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    return value if isinstance(value, int | float | str) else None
+
+
+def _content(table: object) -> object:
+    """What a table of the schedule holds, to be compared; of a tensor place and version: no GPU is waited for."""
+    if isinstance(table, Tensor):
+        return table.data_ptr(), table._version, tuple(table.shape)
+    return None if table is None else np.asarray(table).tobytes()
 
 
 def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    return one[0] == other[0] and all(a is b for a, b in zip(one[1:], other[1:], strict=True))
+    return (
+        one[0] == other[0] and len(one) == len(other) and all(a is b for a, b in zip(one[1:], other[1:], strict=True))
+    )
 
 
 def _number(name: str, value: object) -> float:

@@ -165,19 +165,24 @@ def _call(diffloss: nn.Module, channels: int, condition_dim: int, cfg: float) ->
 def probe_diffusion(diffusion: object, channels: int, *, clip: bool) -> tuple[Schedule, bool]:
     """The schedule of ``gen_diffusion``, from its betas and timestep_map, and whether its loop switches gradients off.
 
-    Its ``p_sample_loop`` is run over all steps on a function instead of the network and compared with ours.
+    Its ``p_sample_loop`` is run over all steps on a function instead of the network; each step is compared with ours.
     """
     schedule = _schedule(diffusion)
-    table = torch.randn(2, 2 * channels, generator=torch.Generator().manual_seed(1))
+    table = torch.randn(2, channels, generator=torch.Generator().manual_seed(1))
     asked: list[int] = []
+    states: list[Tensor] = []  # x before each step
     gradients: list[bool] = []
+    descending = list(reversed(range(schedule.num_steps)))
 
     def model(x: Tensor, t: Tensor, **given: object) -> Tensor:
         if given or t.shape != (ROWS,):
             raise Unrecognised(f"p_sample_loop calls the network with t {tuple(t.shape)} and {sorted(given)}")
         asked.append(int(t[0]))
+        states.append(x.detach().clone())
         gradients.append(torch.is_grad_enabled())
-        return _fake_network(x, int(t[0]), table)
+        if asked != [schedule.timesteps[k] for k in descending[: len(asked)]]:
+            raise Unrecognised("gen_diffusion feeds the network other timesteps than its timestep_map, descending")
+        return _fake_network(x, float(schedule.alpha_bar[descending[len(asked) - 1]]), table)
 
     start = torch.randn(ROWS, channels, generator=torch.Generator().manual_seed(2))
     intercepted = Intercepted()
@@ -189,18 +194,19 @@ def probe_diffusion(diffusion: object, channels: int, *, clip: bool) -> tuple[Sc
         raise
     except Exception as error:
         raise Unrecognised(f"gen_diffusion.p_sample_loop fails: {type(error).__name__}: {error}") from error
-    steps = schedule.num_steps
-    if asked != list(reversed(schedule.timesteps)):
-        raise Unrecognised("gen_diffusion feeds the network other timesteps than its timestep_map, descending")
+    if len(asked) != schedule.num_steps:
+        raise Unrecognised(
+            f"gen_diffusion calls the network {len(asked)} times, its timestep_map has {schedule.num_steps}"
+        )
     draws = [draw[:2] for draw in intercepted.draws]
-    if draws != [("randn_like", (ROWS, channels))] * steps:
+    if draws != [("randn_like", (ROWS, channels))] * schedule.num_steps:
         raise Unrecognised(f"gen_diffusion draws {draws[:3]} and so on, not one randn_like of all rows in each step")
-    x = start
-    for i, k in enumerate(reversed(range(steps))):
-        epsilon, variance = _fake_network(x, schedule.timesteps[k], table).chunk(2, dim=1)
+    _agree("gen_diffusion.p_sample_loop's first x", states[0], start)
+    for i, (k, x, after) in enumerate(zip(descending, states, [*states[1:], theirs], strict=True)):
+        epsilon, variance = _fake_network(x, float(schedule.alpha_bar[k]), table).chunk(2, dim=1)
         settings = {"temperature": TEMPERATURE, "clip": clip}
-        x = posterior_step(x, epsilon, variance, intercepted.values[i], schedule, k, **settings)
-    _agree("gen_diffusion.p_sample_loop", theirs, x)
+        ours = posterior_step(x, epsilon, variance, intercepted.values[i], schedule, k, **settings)
+        _agree(f"gen_diffusion.p_sample_loop at t = {schedule.timesteps[k]}", after, ours)
     return schedule, not any(gradients)
 
 
@@ -274,9 +280,15 @@ def _schedule(diffusion: object) -> Schedule:
     return schedule_of(tuple(int(t) for t in timesteps), betas.astype(np.float64))
 
 
-def _fake_network(x: Tensor, t: int, table: Tensor) -> Tensor:
-    """Some function of x and t that leaves no coefficient of a step unseen, the same for everybody who calls it."""
-    return torch.cat((0.5 * x, 0.25 * x), dim=1) + table[0] + (t / 1000) * table[1]
+def _fake_network(x: Tensor, alpha_bar: float, table: Tensor) -> Tensor:
+    """Some function of x and alpha_bar that leaves no coefficient of a step unseen, the same for all who call it.
+
+    The x_0 that its epsilon stands for lies within +-1.5, partly beyond the clamp, and its variance value within
+    +-1, as a trained network's: at t = 999 the schedule multiplies epsilon by 2e4, and anything else would overflow.
+    """
+    x0 = 1.5 * torch.tanh(0.5 * x + table[0])
+    epsilon = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+    return torch.cat((epsilon, torch.tanh(0.25 * x + table[1])), dim=1)
 
 
 def _agree(what: str, theirs: object, ours: Tensor) -> None:

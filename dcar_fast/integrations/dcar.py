@@ -109,7 +109,7 @@ class AcceleratedGenerator:
                 raise ValueError(f"condition must be token ids (B, T), got {tuple(condition.shape)} {condition.dtype}")
             ids = condition
         else:
-            prompts = [condition] if isinstance(condition, str) else list(condition)
+            prompts = [condition] if isinstance(condition, str) else list(condition or [])
             if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ValueError("condition must be a list of at least one prompt, or token ids (B, T)")
             longest = self._live.model().config.text_length

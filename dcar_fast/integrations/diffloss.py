@@ -47,7 +47,7 @@ def patch_diffloss(
         raise ValueError(f"rng must be one of {', '.join(map(repr, RNGS))}, got {rng!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {dtype!r}")
-    if graphs not in ("auto", True, False):
+    if graphs != "auto" and not isinstance(graphs, bool):
         raise ValueError(f"graphs must be 'auto', True or False, got {graphs!r}")
     path, diffloss = find_diffloss(obj)
     _not_replaced(diffloss)
@@ -109,6 +109,12 @@ class Patch:
 
     def explain(self) -> str:
         return explain(self.diffloss)
+
+    def refresh(self) -> None:
+        """Packs the weights anew in the next call: after writes that PyTorch does not count (``.data``, numpy)."""
+        sample = self.diffloss.__dict__.get("sample")
+        if isinstance(sample, FastSample):
+            sample.refresh()
 
     def __enter__(self) -> Patch:
         return self

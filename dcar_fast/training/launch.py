@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dcar_fast.training.settings import RunSettings
 
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 
 EXTRA = "training needs the packages of the extra 'train' ({}): pip install -e '.[train]'"
 WAIT = timedelta(hours=1)  # for a process that draws previews or saves
+ELSEWHERE = {  # what accelerate would take from its environment, and the setting that has it here
+    "ACCELERATE_USE_FSDP": "run.parallel",
+    "ACCELERATE_USE_DEEPSPEED": "run.parallel",
+    "ACCELERATE_USE_MEGATRON_LM": "run.parallel",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "run.accumulation",
+}
 
 
 def prepare_process(run: RunSettings) -> None:
@@ -44,6 +53,7 @@ def accelerated(run: RunSettings, modules: dict[str, nn.Module], can_shard: bool
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    _check_environment()
     plugin = _fsdp2(modules) if _shards(run, modules, can_shard) else None
     cpu = run.device == "cpu" or not torch.accelerator.is_available()
     if plugin is not None and cpu and torch.accelerator.is_available():
@@ -54,6 +64,7 @@ def accelerated(run: RunSettings, modules: dict[str, nn.Module], can_shard: bool
     accelerator = Accelerator(
         mixed_precision="bf16" if run.precision == "bfloat16" else "no",
         cpu=cpu,
+        dynamo_backend="no",  # whatever `accelerate config` was told: compiled modules have other names
         # without accelerator accelerate takes no plugin, see below
         fsdp_plugin=None if cpu else plugin,
         log_with=list(run.trackers) or None,
@@ -72,6 +83,7 @@ def accelerated(run: RunSettings, modules: dict[str, nn.Module], can_shard: bool
     finally:
         if environment is None:
             os.environ.pop("ACCELERATE_USE_FSDP", None)
+        _release_groups(modules)
         if began:
             accelerator.state.destroy_process_group()
         AcceleratorState._reset_state(True)
@@ -114,6 +126,27 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
     """What the module lists hold that are in no other list."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _entries(child)
+
+
+def _check_environment() -> None:
+    for name, setting in ELSEWHERE.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in ("", "1" if setting == "run.accumulation" else "0", "false"):
+            raise ValueError(f"{name}={value} would change what is trained: unset it, {setting} has its place")
+
+
+def _release_groups(modules: dict[str, nn.Module]) -> None:
+    """Lets go of the process groups that the meshes of sharded weights hold.
+
+    DTensor's caches keep meshes for ever, and with them a group's threads into the interpreter's end, where one that
+    just then drops a tensor aborts the process: a launcher would take the finished run for a failed one.
+    """
+    # not a set: every unit has a mesh of its own, and all of them compare equal
+    for mesh in [p.device_mesh for module in modules.values() for p in module.parameters() if isinstance(p, DTensor)]:
+        root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+        getattr(root, "_pg_registry", {}).clear()
+    atexit.unregister(gc.collect)  # once, however many runs there were
+    atexit.register(gc.collect)  # the last references are in cycles
 
 
 def _check_world(accelerator: Accelerator) -> None:

@@ -83,6 +83,8 @@ class DataSettings(_Settings):
     """Processes that decode pictures; 0: the training process does it."""
     seed: int = 0
     """Of the order, the crops and the drawn pictures."""
+    lattice: int = 8
+    """Of shapes: their centres lie on multiples of the side over so much, 8 or 4 (nine places, learnt much sooner)."""
 
     def __post_init__(self) -> None:
         self._require_choice("kind", DATA_KINDS)
@@ -92,6 +94,8 @@ class DataSettings(_Settings):
         self._require_bool("random_crop", "flip")
         self._require_int("workers", 0)
         self._require_int("seed", 0)
+        self._require("lattice", _is_int(self.lattice) and self.lattice in (8, 4), "8 or 4")
+        self._require("lattice", self.lattice == 8 or self.kind == "shapes", "8 where nothing is drawn")
         needs_path = self.kind != "shapes"
         self._require("path", bool(self.path) == needs_path, f"{'given' if needs_path else 'empty'} for {self.kind!r}")
 
@@ -220,9 +224,9 @@ class TokenizerTraining(_Settings):
     merge_codes: float = 0.0
     """At the start of the alternate stage: codes of at least this cosine become one; 0: none."""
     residual_std_examples: int = 1024
-    """Pictures on which an exported tokenizer's residuals are measured."""
+    """Pictures on which an exported tokenizer's residuals are measured: held-out shapes, or the first of other data."""
     preview_examples: int = 8
-    """Held-out pictures that are reconstructed for the log."""
+    """Pictures that are reconstructed for the log: held-out shapes, or the first of other data."""
 
     def __post_init__(self) -> None:
         _require_shared(self, {"optimizer": OptimizerSettings, "discriminator": OptimizerSettings})
@@ -262,7 +266,9 @@ class GeneratorTraining(_Settings):
 
     run: RunSettings
     data: DataSettings = field(default_factory=DataSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(2e-4, (0.9, 0.96), 0.03, 10_000, final_learning_rate=1e-5)
+    )
     tokenizer: str = ""
     """Folder of the trained tokenizer."""
     model: str | GeneratorModel = "shapes"

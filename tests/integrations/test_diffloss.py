@@ -79,6 +79,27 @@ def test_a_seed_gives_the_samples_it_gave_before(kind, cfg, temperature):
         assert torch.equal(draw(head, rows, cfg, temperature)[0], before)
 
 
+@pytest.mark.parametrize("steps", ["2", "10", "25", "64", "100", "250", "20,0"])
+@pytest.mark.parametrize("kind", [MarDiffLoss, HartDiffLoss])
+def test_schedules_that_start_anywhere_are_recognised(kind, steps):
+    """Unclipped, x_0 is 2e4 times what epsilon is off by at t = 999: a careless probe overflows there."""
+    said = explain(randomise(kind(**SIZES, num_sampling_steps=steps)))
+    assert f"{steps.split(',')[0]} steps from t = {499 if ',' in steps else 999}, guidance" in said
+
+
+def test_the_published_schedule_of_mar():
+    """100 steps from t = 999; with a network that, as a trained one, predicts most of the noise."""
+    head = randomise(MarDiffLoss(**SIZES, num_sampling_steps="100"))
+    with torch.no_grad():
+        head.net.final_layer.linear.weight.mul_(1e-3)
+        head.net.final_layer.linear.bias.zero_()
+    for cfg in (1.0, 2.5):
+        before, after = draw(head, 6, cfg)
+        with patch_diffloss(head):
+            found, generator = draw(head, 6, cfg)
+        assert before.isfinite().all() and error(found, before) < 1e-3 * before.abs().max() and generator == after
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_recorded_vectors(kind, monkeypatch):
     recorded, given = vectors(f"head_{kind}"), settings(f"head_{kind}")
@@ -199,6 +220,15 @@ def _scale(head):
     head.vae_scale = 0.5
 
 
+def _tensor_scale(head):
+    head.vae_scale = torch.tensor(0.5)
+
+
+def _schedule_in_place(head):
+    other = Diffusion("5")
+    vars(head.gen_diffusion).update(vars(other))
+
+
 def _steps(head):
     head.gen_diffusion = Diffusion("5")
 
@@ -211,7 +241,9 @@ def make_other() -> nn.Module:
     return randomise(KINDS["hart"](), seed=3)
 
 
-@pytest.mark.parametrize("change", [_optimiser, _data, _swapped, _merged, _loaded, _scale, _steps, _layer])
+@pytest.mark.parametrize(
+    "change", [_optimiser, _data, _swapped, _merged, _loaded, _scale, _tensor_scale, _schedule_in_place, _steps, _layer]
+)
 def test_changes_of_the_module_are_followed(change):
     head = make("hart")
     patch_diffloss(head)
@@ -220,6 +252,36 @@ def test_changes_of_the_module_are_followed(change):
     found = draw(head)[0]
     assert not torch.equal(found, before)
     assert error(found, original(head, condition(6), 1.0, 2.5)) < 1e-4
+
+
+def test_a_scale_that_is_a_tensor_is_watched_too():
+    head = make("hart")
+    head.vae_scale = torch.tensor(0.5)
+    patch_diffloss(head)
+    before = draw(head)[0]
+    head.vae_scale.mul_(2)
+    assert error(draw(head)[0], 2 * before) < 1e-4
+
+
+def test_another_forward_of_a_class_runs_the_original(monkeypatch, caplog):
+    head = make()
+    patch_diffloss(head)
+    draw(head)
+    block = type(head.net.res_blocks[0])
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, y: forward(self, x, y) + y)
+    found = draw(head)[0]
+    assert torch.equal(found, original(head, condition(6), 1.0, 2.5)) and "computes something else" in caplog.text
+
+
+def test_a_write_that_nobody_notices_and_refresh():
+    head = make("hart")
+    patch = patch_diffloss(head)
+    before = draw(head)[0]
+    head.net.cond_embed.weight.data.numpy()[1:31:3] += 0.25
+    patch.refresh()
+    found = draw(head)[0]
+    assert not torch.equal(found, before) and error(found, original(head, condition(6), 1.0, 2.5)) < 1e-4
 
 
 # ---- patching
@@ -268,7 +330,10 @@ def test_what_is_said_about_a_head():
     )
 
 
-@pytest.mark.parametrize(("wrong", "reason"), [({"rng": "torch"}, "rng must be"), ({"dtype": int}, "dtype must be")])
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [({"rng": "torch"}, "rng must be"), ({"dtype": int}, "dtype must be"), ({"graphs": 1}, "graphs must be")],
+)
 def test_options_that_do_not_exist(wrong, reason):
     head = make()
     with pytest.raises(ValueError, match=reason):
@@ -368,7 +433,7 @@ REFUSED = {
     "sizes": (_set("net.final_layer.linear", nn.Linear(32, CHANNELS)), "maps 32 to 8 features, not 32 to 16"),
     "guidance": (_network(OtherGuidance), "guides epsilon neither by"),
     "forward": (_network(OtherForward), "net.forward computes something else"),
-    "temperature": (_set("gen_diffusion", OtherLoop("12,0")), "p_sample_loop computes something else"),
+    "temperature": (_set("gen_diffusion", OtherLoop("12,0")), r"p_sample_loop at t = \d+ computes something else"),
     "more noise": (_set("gen_diffusion", Draws("12,0")), "not one randn_like of all rows"),
     "no diffusion": (_set("gen_diffusion", object()), "gen_diffusion.model_mean_type is None"),
     "result": (_kind(OtherResult), "something else than p_sample_loop's result times a constant"),

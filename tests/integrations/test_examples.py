@@ -16,7 +16,7 @@ from tests.integrations.mar_family import {kind} as Head
 class DiffLoss(Head):
     def __init__(self, **given):
         sizes = dict(target_channels=4, depth=1, width=32, z_channels=given["z_channels"])
-        super().__init__(**sizes, num_sampling_steps="6,0" if "{kind}" == "MarDiffLoss" else "6")
+        super().__init__(**sizes, num_sampling_steps="6")
 """
 
 

@@ -5,6 +5,7 @@ A case: "output", changes of the run's settings, "task": arguments of the task, 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -30,7 +31,12 @@ class Signalled(ToyTask):
         return super().train_step(run, batches)
 
 
+def write_threads(path: Path) -> None:
+    path.write_text("\n".join(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
+
+
 def main() -> None:
+    atexit.register(write_threads, Path(f"{sys.argv[1]}.{os.environ['RANK']}.threads"))  # the last thing that runs
     torch.set_num_threads(1)
     cases, ends = json.loads(Path(sys.argv[1]).read_text()), []
     if len(cases) > 1:  # the runs share one process group; a single one makes its own

@@ -246,6 +246,11 @@ def test_errors_of_a_source_come_through(workers: int) -> None:
         ({"kind": "folder"}, {"batch_size": 4}, "data.path must name a folder"),
         ({}, {"batch_size": 4, "position": {"kind": "folder"}}, "position is of data.kind 'folder'"),
         ({}, {"batch_size": 4, "position": {"kind": "shapes", "step": 2, "micro_batch": 1}}, "micro_batch in 0..0"),
+        (
+            {},
+            {"batch_size": 4, "position": {"kind": "shapes", "data": "other", "step": 2, "micro_batch": 0}},
+            "position is of other data of kind 'shapes'",
+        ),
         ({}, {"batch_size": 4, "position": {"kind": "shapes", "step": -2, "micro_batch": 0}}, "position must have"),
         (
             {},

@@ -166,6 +166,13 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(folder):
     assert_same_lines(folder / "stopped", folder / "one")
 
 
+def test_no_thread_of_gloo_lives_on_into_the_end_of_python(folder):
+    """One that drops a tensor just then aborts the process, and its launcher reports a failure."""
+    for rank in range(2):
+        threads = (folder / f"cases.json.{rank}.threads").read_text().split("\n")
+        assert threads and not [name for name in threads if "gloo" in name], threads
+
+
 def test_what_is_refused(folder):
     for end in ends(folder, "indivisible"):
         assert end == ["ValueError", "run.batch_size must be a multiple of 2 processes x 1 accumulated parts, got 5"]

@@ -316,6 +316,28 @@ def test_bad_settings(tmp_path, changes, message):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+    ],
+)
+def test_what_accelerate_config_would_change_is_refused(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value} would change what is trained"):
+        run(tmp_path)
+
+
+def test_accelerate_config_does_not_compile(tmp_path, monkeypatch):
+    """Compiled modules have other names: the run could not read its own checkpoints."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert run(tmp_path, steps=4).step == 4
+    assert run(tmp_path, steps=8).step == 8
+
+
 def test_fsdp2_needs_a_launcher(tmp_path):
     with pytest.raises(ValueError, match="start with accelerate launch or torchrun"):
         run(tmp_path, ToyTask(critic=False), parallel="fsdp2")

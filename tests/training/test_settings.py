@@ -114,6 +114,12 @@ def test_published_numbers():
         (TokenizerTraining, TOKENIZER | {"data": {"kind": "folder"}}, r"data\.path must be given"),
         (TokenizerTraining, TOKENIZER | {"data": {"path": "x"}}, r"data\.path must be empty for 'shapes'"),
         (TokenizerTraining, TOKENIZER | {"data": {"size": 8}}, r"data\.size must be 16\.\.4096"),
+        (TokenizerTraining, TOKENIZER | {"data": {"lattice": 6}}, r"data\.lattice must be 8 or 4"),
+        (
+            TokenizerTraining,
+            TOKENIZER | {"data": {"kind": "folder", "path": "p", "lattice": 4}},
+            r"data\.lattice must be 8 where nothing is drawn",
+        ),
         (TokenizerTraining, TOKENIZER | {"data": "x"}, "data must be DataSettings, got 'x'"),
         (TokenizerTraining, TOKENIZER | {"stage": "alternate"}, "initial must be given for stage 'alternate'"),
         (TokenizerTraining, TOKENIZER | {"merge_codes": 0.9}, "merge_codes must be 0 but for stage 'alternate'"),

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dcar_fast.training.data.examples import CachedExample
-from dcar_fast.training.data.order import EpochOrder
+from dcar_fast.training.data.order import EpochOrder, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,11 @@ class CachedSource:
     def __len__(self) -> int:
         """Examples in the cache."""
         return self.index.count
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the cache, the number of its examples and the seed: what their order depends on."""
+        return fingerprint(self.index.cache_id, len(self), self.seed)
 
     def check_made_by(self, tokenizer: str, text_encoder: str | None) -> None:
         """``ValueError`` unless the cache was made by a tokenizer and text encoder of these fingerprints."""

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dcar_fast.training.data.examples import BrokenExample, Example, Skip
-from dcar_fast.training.data.order import AUGMENTATION, EpochOrder, augmentation
+from dcar_fast.training.data.order import AUGMENTATION, EpochOrder, augmentation, fingerprint
 from dcar_fast.training.data.pictures import SUFFIXES, decode_picture, square
 
 METADATA = "metadata.jsonl"
@@ -59,6 +59,11 @@ class FolderSource:
     def __len__(self) -> int:
         """Pictures listed; those that prove unusable when they are read are among them."""
         return len(self._files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' names and the seed: what the order of examples depends on."""
+        return fingerprint(self._files, self.seed)
 
     def example(self, index: int) -> Example:
         """Example ``index`` >= 0 of the endless stream."""
@@ -114,7 +119,8 @@ class FolderSource:
                 continue
             name, text = _parse_line(line, f"{metadata}, line {number}")
             if name in names:
-                raise ValueError(f"{metadata}, line {number}: {name!r} has come before")
+                self._skips.append(Skip(f"{metadata}, line {number}", "duplicate name", name))
+                continue
             names.add(name)
             try:
                 captions[name] = checked_caption(text)
@@ -155,8 +161,6 @@ def _parse_line(line: str, where: str) -> tuple[str, str | None]:
     name = PurePosixPath(row["file_name"])
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{where}: file_name must lie in the folder, got {row['file_name']!r}")
-    if not any(field in row for field in CAPTION_FIELDS):
-        raise ValueError(f"{where} must have one of {list(CAPTION_FIELDS)}, got {line:.60}")
     try:
         return name.as_posix(), caption_of(row)
     except TypeError as error:

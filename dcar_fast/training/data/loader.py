@@ -133,7 +133,7 @@ def make_source(settings: DataSettings, seed: int, captions: bool = True) -> Ran
     if settings.kind == "shapes":
         from dcar_fast.training.shapes import ShapesSource
 
-        return ShapesSource(settings.size, seed)
+        return ShapesSource(settings.size, seed, lattice=settings.lattice)
     if settings.kind not in KINDS or settings.kind == "shards":
         raise ValueError(f"data.kind must be one of {KINDS}, got {settings.kind!r}")
     if not settings.path:
@@ -160,10 +160,14 @@ def random_access_loader(
         if not ok or (start_step and step != start_step):
             allowed = f"step {start_step or '>= 0'} and micro_batch in 0..{split.accumulation - 1}"
             raise ValueError(f"position must have {allowed}, got {position!r:.200}")
+    identity = {"kind": kind, "data": getattr(source, "fingerprint", "")}
+    # positions of earlier versions name no data
+    if position is not None and position.get("data", identity["data"]) != identity["data"]:
+        raise ValueError(f"position is of other data of kind {kind!r}: pictures came or went, or the seed is another")
     batches = DataLoader(
         _Rows(source),
         batch_size=None,
-        sampler=_Order(split, kind, step, micro),
+        sampler=_Order(split, identity, step, micro),
         **worker_arguments(workers),
     )
     return Loader(batches, _Positions())
@@ -176,7 +180,7 @@ def _shard_loader(
     source = ShardSource(urls, settings.size, seed, captions, settings.random_crop, settings.flip)
     own = max(1, settings.workers)  # lanes of this process
     if len(urls) < own * split.world_size:
-        log.info("%d shards for %d decoding processes: each reads them all", len(urls), own * split.world_size)
+        log.warning("%d shards for %d decoding processes: each reads them all", len(urls), own * split.world_size)
     positions = _ShardPositions(source.fingerprint, split, own)
     if position is not None:
         positions.load(position)
@@ -187,16 +191,17 @@ def _shard_loader(
 
 
 class _Order:
-    """What DataLoader takes as a sampler: the examples of each micro-batch, and the position behind it."""
+    """What DataLoader takes as a sampler: the examples of each micro-batch, and the position behind it, which starts
+    with ``identity``."""
 
-    def __init__(self, split: Split, kind: str, step: int, micro: int) -> None:
-        self.split, self.kind, self.step, self.micro = split, kind, step, micro
+    def __init__(self, split: Split, identity: dict[str, str], step: int, micro: int) -> None:
+        self.split, self.identity, self.step, self.micro = split, identity, step, micro
 
     def __iter__(self) -> Iterator[tuple[range, dict[str, Any]]]:
         for number in count(self.step * self.split.accumulation + self.micro):
             examples = self.split.examples(*divmod(number, self.split.accumulation))
             step, micro = divmod(number + 1, self.split.accumulation)
-            yield examples, {"kind": self.kind, "step": step, "micro_batch": micro}
+            yield examples, {**self.identity, "step": step, "micro_batch": micro}
 
 
 class _Rows(Dataset):

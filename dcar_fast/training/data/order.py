@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
+
 import numpy as np
 
 # First words of the random generators' keys, so that no two uses of one seed share their numbers.
@@ -28,6 +32,11 @@ class EpochOrder:
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(**state)
+
+
+def fingerprint(*what: str | int | Sequence[str]) -> str:
+    """16 hexadecimal digits of what an order of examples depends on."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def augmentation(purpose: int, *key: int) -> np.random.Generator:

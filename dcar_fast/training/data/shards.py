@@ -7,7 +7,6 @@ order of its own. All of it follows from (seed, epoch), so a place in a lane is 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import numpy as np
 
 from dcar_fast.training.data.examples import BrokenExample, Example, Skip
 from dcar_fast.training.data.folder import caption_of, checked_caption, summary
-from dcar_fast.training.data.order import SHARD_AUGMENTATION, SHARD_ORDER, SHARD_WINDOW, augmentation
+from dcar_fast.training.data.order import SHARD_AUGMENTATION, SHARD_ORDER, SHARD_WINDOW, augmentation, fingerprint
 from dcar_fast.training.data.pictures import decode_picture, square
 from dcar_fast.training.data.tar_files import PICTURES, read_samples, webdataset
 
@@ -79,7 +78,7 @@ class ShardSource:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of what the order of examples depends on besides lanes: shards, seed, window."""
-        return hashlib.sha256(json.dumps([self.urls, self.seed, WINDOW]).encode()).hexdigest()[:16]
+        return fingerprint(self.urls, self.seed, WINDOW)
 
     def examples(self, lane: int, lanes: int, place: Place) -> Iterator[tuple[Example, Place]]:
         """The endless examples of a lane from ``place`` on, each with the place right behind it.

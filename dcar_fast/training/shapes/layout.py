@@ -11,7 +11,8 @@ from dcar_fast.training.shapes.scene import COLOURS, SHAPES, SIZES, Ask, Backgro
 # Little varies but what captions speak of: a small model on a CPU then learns in hours what they say.
 HUE_SPREAD = 0.005
 SATURATION, VALUE = (0.96, 1.0), (0.95, 1.0)
-LATTICE = 8  # centres lie on multiples of the picture's side over so much: corners of 8 px patches at 64 px
+EIGHTHS = 8  # centres lie on multiples of the picture's side over so much: corners of 8 px patches at 64 px
+LATTICES = (8, 4)
 TONES = (0.06, 0.2, 0.35, 0.5, 0.65, 0.8, 0.97)  # values of backgrounds
 TINTS = 6  # hues of those that are not grey
 TINTED = 0.18  # their saturation
@@ -26,11 +27,15 @@ CORNER, MIDDLE = (0.0, 0.34), (0.42, 0.58)
 REACH = {"circle": 1 / math.sqrt(math.pi), "square": math.sqrt(0.5), "triangle": 2 / 27**0.25}
 
 
-def draw_scene(ask: Ask, rng: np.random.Generator) -> Scene:
-    """A random scene that shows exactly what is asked."""
+def draw_scene(ask: Ask, rng: np.random.Generator, lattice: int = EIGHTHS) -> Scene:
+    """A random scene that shows exactly what is asked.
+
+    lattice: centres lie on multiples of the picture's side over so much: 8, or 4, which leaves three places along each
+    axis; what would not fit at the outer ones lies an eighth further in.
+    """
     kinds = [(w, _pick(rng, SHAPES, w.shape)) for w in ask.wanted for _ in range(w.count)]
     while True:
-        objects = _place([_object(rng, wanted, shape, len(kinds)) for wanted, shape in kinds], ask, rng)
+        objects = _place([_object(rng, wanted, shape, len(kinds)) for wanted, shape in kinds], ask, rng, lattice)
         if objects is not None:
             return Scene(_background(ask.background, rng), tuple(objects))
 
@@ -52,10 +57,10 @@ def _object(rng: np.random.Generator, wanted, shape: str, among: int) -> Object:
     )
 
 
-def _place(objects: list[Object], ask: Ask, rng: np.random.Generator) -> list[Object] | None:
+def _place(objects: list[Object], ask: Ask, rng: np.random.Generator, lattice: int) -> list[Object] | None:
     """The objects at random places that do not overlap and keep relation and place; None if none was found."""
     for _ in range(100):
-        placed = [_at(o, *(_on_lattice(*_range(o, ask.place, axis), rng) for axis in (0, 1))) for o in objects]
+        placed = [_at(o, *(_on_lattice(*_range(o, ask.place, axis), rng, lattice) for axis in (0, 1))) for o in objects]
         if all(_apart(a, b) for i, a in enumerate(placed) for b in placed[:i]) and _related(placed, ask.relation):
             return placed
     return None
@@ -72,12 +77,14 @@ def _range(o: Object, place: str | None, axis: int) -> tuple[float, float]:
     return least, 1 - least
 
 
-def _on_lattice(low: float, high: float, rng: np.random.Generator) -> float:
-    """A random multiple of 1 / LATTICE between the two, or the next one towards the middle."""
-    first, last = math.ceil(low * LATTICE), math.floor(high * LATTICE)
+def _on_lattice(low: float, high: float, rng: np.random.Generator, lattice: int) -> float:
+    """A random multiple of 1 / lattice, moved to the next eighth between the two, or to the next one towards the middle
+    where there is none."""
+    first, last = math.ceil(low * EIGHTHS), math.floor(high * EIGHTHS)
     if first > last:
-        return (first if low < 0.5 else last) / LATTICE
-    return int(rng.integers(first, last + 1)) / LATTICE
+        return (first if low < 0.5 else last) / EIGHTHS
+    places = sorted({min(max(i * EIGHTHS // lattice, first), last) for i in range(1, lattice)})
+    return places[rng.integers(len(places))] / EIGHTHS
 
 
 def _at(o: Object, x: float, y: float) -> Object:

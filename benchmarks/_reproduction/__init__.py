@@ -1,0 +1,1 @@
+"""What reproduction.py is made of: studies, their budgets and cells, statistics, tables and plots."""
