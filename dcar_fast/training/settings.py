@@ -2,7 +2,8 @@
 
 Like the configurations of the models they check themselves on construction and raise ``ValueError`` naming the field,
 what came and what is allowed. ``from_dict`` also takes the nested ones as dicts and names the full key (``run.steps``).
-The defaults are those of the published recipe, or of our own choice where nothing is published (docs/training.md).
+The defaults are neutral, or the tokenizer's; what a published model was trained with is in its recipe
+(docs/training.md).
 """
 
 from __future__ import annotations
@@ -266,9 +267,7 @@ class GeneratorTraining(_Settings):
 
     run: RunSettings
     data: DataSettings = field(default_factory=DataSettings)
-    optimizer: OptimizerSettings = field(
-        default_factory=lambda: OptimizerSettings(2e-4, (0.9, 0.96), 0.03, 10_000, final_learning_rate=1e-5)
-    )
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     tokenizer: str = ""
     """Folder of the trained tokenizer."""
     model: str | GeneratorModel = "shapes"
