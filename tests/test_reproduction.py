@@ -413,6 +413,16 @@ def test_plots(toy, tmp_path: Path) -> None:
     assert (tmp_path / "toy.png").exists() == plots.can_plot()
 
 
+def test_curves(toy, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    assert call(tmp_path, "--seeds", 0, 1) == 0
+    study = module("_reproduction.studies").STUDIES["toy"]
+    (found,) = read(tmp_path / "results.json")["studies"]
+    for axis in (lambda variant: (float(len(variant)), ""), lambda variant: (1.0, variant)):
+        assert module("_reproduction.plots").plot(replace(study, axis=axis), found, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_every_finding_can_be_judged() -> None:
     for name, study in module("_reproduction.studies").STUDIES.items():
         assert study.name == name and study.findings

@@ -104,10 +104,11 @@ def test_accumulation_gives_the_same_losses(root, whole, tmp_path):
     close(history(tmp_path), history(whole))
 
 
-def test_two_processes_give_the_same_losses(root, whole, tmp_path):
-    """torchrun on the command line, with a recipe; accumulation on top."""
+@pytest.mark.parametrize("run", [{"accumulation": 2}, {"parallel": "fsdp2"}], ids=["accumulated", "sharded"])
+def test_two_processes_give_the_same_losses(root, whole, tmp_path, run):
+    """torchrun on the command line, with a recipe; the text encoder is trained along."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(settings(root, tmp_path / "out", run={"accumulation": 2}).to_dict()))
+    recipe.write_text(json.dumps(settings(root, tmp_path / "out", run=run).to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dcar_fast", "train-generator", "--config", str(recipe)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
