@@ -19,15 +19,19 @@ PROBED = 16  # values of every tensor on a CPU that are looked at anew in every 
 
 @dataclass
 class _Entry:
-    """What was built, and every tensor it was built from, with the address and the version that it had. ``storages``
-    are held on to, so that an address cannot come back as somebody else's. ``probe``: some of their values."""
+    """What was built, the module's ``config`` if it has one, and every tensor it was built from, with the address and
+    the version that it had. ``storages`` are held on to, so that an address cannot come back as somebody else's.
+    ``probe``: some of their values."""
 
+    config: object
     made_from: list[tuple[Tensor, int, int]]
     storages: list[Tensor]
     probe: Probe
     value: Any
 
-    def is_of(self, tensors: list[Tensor]) -> bool:
+    def is_of(self, config: object, tensors: list[Tensor]) -> bool:
+        if config is not self.config and config != self.config:
+            return False
         same = len(tensors) == len(self.made_from) and all(
             one is tensor and one.data_ptr() == address and _version(one) == version
             for one, (tensor, address, version) in zip(tensors, self.made_from, strict=True)
@@ -78,7 +82,7 @@ _lock = threading.RLock()
 
 
 def packed(module: M, kind: Hashable, build: Callable[[M], T], wait: bool = False) -> T:
-    """``build(module)``, kept as long as the module lives and its parameters and buffers stay what they were.
+    """``build(module)``, kept as long as the module lives and its parameters, buffers and ``config`` stay the same.
 
     A change is an in-place update (an optimiser's step, ``load_state_dict``, an EMA swap by copying), another tensor
     (``.to()``, a merged adapter, an EMA swap by assignment) or another storage (``.data``). PyTorch does not count
@@ -87,14 +91,15 @@ def packed(module: M, kind: Hashable, build: Callable[[M], T], wait: bool = Fals
     What is built must not refer to ``module`` itself; all users of a module share what was built.
     """
     with _lock:
-        tensors = _tensors(module)
+        config, tensors = getattr(module, "config", None), _tensors(module)
         kinds = _entries.setdefault(module, {})
         entry = kinds.get(kind)
-        if entry is None or not entry.is_of(tensors):
+        if entry is None or not entry.is_of(config, tensors):
             entry = None
             kinds.pop(kind, None)  # its memory first
             made_from = [(t, t.data_ptr(), _version(t)) for t in tensors]
-            entry = kinds[kind] = _Entry(made_from, [t.detach() for t in tensors], Probe(tensors, wait), build(module))
+            storages, probe = [t.detach() for t in tensors], Probe(tensors, wait)
+            entry = kinds[kind] = _Entry(config, made_from, storages, probe, build(module))
         return entry.value
 
 

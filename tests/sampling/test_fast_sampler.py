@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from dataclasses import replace
@@ -288,8 +289,20 @@ def changed_in_inference_mode(model: DCAR) -> DCAR:
     return model
 
 
+def other_scale(model: DCAR) -> DCAR:
+    model.config = dataclasses.replace(model.config, head_scale=2 * model.config.head_scale)
+    return model
+
+
+def other_head_steps(model: DCAR) -> DCAR:
+    model.config = dataclasses.replace(model.config, head_steps=model.config.head_steps + 2)
+    return model
+
+
 CHANGES = [
     changed_in_place,
+    other_scale,
+    other_head_steps,
     loaded,
     assigned,
     other_data,
