@@ -71,6 +71,15 @@ def find_decoder(module: nn.Module) -> nn.Module:
     return decoder
 
 
+def is_decoder(module: nn.Module) -> bool:
+    """Whether the module begins as a decoder of the DC-AE family does."""
+    try:
+        _first_weight(module)
+    except Unrecognised:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class DecoderPatch:
     """What :func:`accelerate_autoencoder` did. As a context manager it is taken back at the end."""

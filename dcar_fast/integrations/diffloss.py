@@ -59,7 +59,7 @@ def patch_diffloss(
     return Patch(path, diffloss)
 
 
-def unpatch(obj: object) -> bool:
+def unpatch_diffloss(obj: object) -> bool:
     """Takes the patch of the diffusion head in ``obj`` back; False if there was none."""
     _, diffloss = find_diffloss(obj)
     patched = isinstance(diffloss.__dict__.get("sample"), FastSample)
@@ -105,7 +105,7 @@ class Patch:
     diffloss: nn.Module
 
     def unpatch(self) -> None:
-        unpatch(self.diffloss)
+        unpatch_diffloss(self.diffloss)
 
     def explain(self) -> str:
         return explain(self.diffloss)

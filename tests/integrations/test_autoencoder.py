@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcar_fast.integrations import accelerate_autoencoder
+from dcar_fast.integrations import accelerate_autoencoder, unpatch
 from tests.golden_vectors import error
 from tests.integrations.dc_ae_family import CHANNELS, DCAE, AutoencoderDC, LayerNorm2d, TritonRMSNorm2d, trained
 
@@ -75,6 +75,16 @@ def test_the_module_stays_what_it_was():
     assert other.decoder.forward.decoder is other.decoder
     assert not torch.equal(decode(other), decode(module))
     assert patch.unpatch() and not patch.unpatch()
+
+
+def test_unpatch_knows_autoencoders_too():
+    module = make()
+    assert not unpatch(module)
+    before = decode(module)
+    accelerate_autoencoder(module)
+    assert unpatch(module) and not unpatch(module) and torch.equal(decode(module), before)
+    with pytest.raises(ValueError, match="holds no diffusion head"):
+        unpatch(nn.Linear(2, 2))
 
 
 def _data(module):
