@@ -84,8 +84,8 @@ class DataSettings(_Settings):
     """Processes that decode pictures; 0: the training process does it."""
     seed: int = 0
     """Of the order, the crops and the drawn pictures."""
-    lattice: int = 8
-    """Of shapes: their centres lie on multiples of the side over so much, 8 or 4 (nine places, learnt much sooner)."""
+    variety: Literal["full", "few"] = "full"
+    """Of shapes: how much varies that captions do not speak of; a small model learns "few" much sooner."""
 
     def __post_init__(self) -> None:
         self._require_choice("kind", DATA_KINDS)
@@ -95,8 +95,8 @@ class DataSettings(_Settings):
         self._require_bool("random_crop", "flip")
         self._require_int("workers", 0)
         self._require_int("seed", 0)
-        self._require("lattice", _is_int(self.lattice) and self.lattice in (8, 4), "8 or 4")
-        self._require("lattice", self.lattice == 8 or self.kind == "shapes", "8 where nothing is drawn")
+        self._require_choice("variety", ("full", "few"))
+        self._require("variety", self.variety == "full" or self.kind == "shapes", "'full' where nothing is drawn")
         needs_path = self.kind != "shapes"
         self._require("path", bool(self.path) == needs_path, f"{'given' if needs_path else 'empty'} for {self.kind!r}")
 

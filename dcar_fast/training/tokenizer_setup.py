@@ -71,7 +71,7 @@ def pictures(data: DataSettings, examples: int) -> Iterator[Tensor]:
     if data.kind == "shapes":
         from dcar_fast.training.shapes import ShapesSource
 
-        source = ShapesSource(data.size, data.seed, held_out=True, lattice=data.lattice)
+        source = ShapesSource(data.size, data.seed, held_out=True, variety=data.variety)
         batches = random_access_loader(source, Split(size), data.kind, 0, 0, None)
     else:
         batches = make_loader(data, batch_size=size, captions=False)

@@ -147,18 +147,23 @@ def test_places(place):
             assert ("left" in place) == (o.x < 0.5) and ("top" in place) == (o.y < 0.5)
 
 
-def test_a_coarse_lattice_leaves_nine_places():
-    """Three along each axis; what does not fit at the outer ones lies an eighth further in. Asked places are kept."""
-    seen = set()
+def test_little_varies_with_few():
+    """Nine places, what does not fit at the outer ones an eighth further in; one shade, three sizes. What is asked for
+    is kept."""
+    seen, shades, sizes = set(), set(), set()
     for i, ask in enumerate(asks(400)):
-        for o in draw_scene(ask, rng(3, i), lattice=4).objects:
+        scene = draw_scene(ask, rng(3, i), "few")
+        assert scene.background.value in (0.06, 0.2, 0.5, 0.8, 0.97)
+        for o in scene.objects:
             seen |= {o.x, o.y}
+            shades |= {(o.colour, o.hue, o.saturation, o.value)}
+            sizes |= {o.size}
             reach = o.size * REACH[o.shape]
             fits = reach + 0.02 <= 0.25
             assert {o.x, o.y} <= ({0.25, 0.5, 0.75} if fits else {0.375, 0.5, 0.625})
             if ask.place and ask.place != "centre":
                 assert ("left" in ask.place) == (o.x < 0.5) and ("top" in ask.place) == (o.y < 0.5)
-    assert seen == {0.25, 0.375, 0.5, 0.625, 0.75}
+    assert seen == {0.25, 0.375, 0.5, 0.625, 0.75} and len(shades) == 4 and len(sizes) == 3
     for ask in asks(50):
         objects = [draw_scene(ask, rng(4, i)).objects for i in range(2)]
         assert all(8 * o.x == int(8 * o.x) for one in objects for o in one)
@@ -270,8 +275,8 @@ def test_pictures_of_a_prompt():
     [
         (lambda: ShapesSource(15), "size"),
         (lambda: ShapesSource(True), "size"),
-        (lambda: ShapesSource(64, lattice=5), "lattice"),
-        (lambda: ShapesSource(64, lattice=True), "lattice"),
+        (lambda: ShapesSource(64, variety="some"), "variety"),
+        (lambda: ShapesSource(64, variety=4), "variety"),
         (lambda: ShapesSource(64, seed=-1), "seed"),
         (lambda: ShapesSource(64).example(-1), "index"),
         (lambda: held_out_prompts(0), "count"),

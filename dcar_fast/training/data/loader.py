@@ -133,7 +133,7 @@ def make_source(settings: DataSettings, seed: int, captions: bool = True) -> Ran
     if settings.kind == "shapes":
         from dcar_fast.training.shapes import ShapesSource
 
-        return ShapesSource(settings.size, seed, lattice=settings.lattice)
+        return ShapesSource(settings.size, seed, variety=settings.variety)
     if settings.kind not in KINDS or settings.kind == "shards":
         raise ValueError(f"data.kind must be one of {KINDS}, got {settings.kind!r}")
     if not settings.path:

@@ -7,15 +7,11 @@ import math
 import numpy as np
 
 from dcar_fast.training.shapes.scene import COLOURS, SHAPES, SIZES, Ask, Background, Object, Scene
+from dcar_fast.training.shapes.variety import EIGHTHS, VARIETIES, Variety
 
-# Little varies but what captions speak of: a small model on a CPU then learns in hours what they say.
-HUE_SPREAD = 0.005
+HUES = (-0.005, 0.005)  # about that of the colour's name
 SATURATION, VALUE = (0.96, 1.0), (0.95, 1.0)
-EIGHTHS = 8  # centres lie on multiples of the picture's side over so much: corners of 8 px patches at 64 px
-LATTICES = (8, 4)
-TONES = (0.06, 0.2, 0.35, 0.5, 0.65, 0.8, 0.97)  # values of backgrounds
-TINTS = 6  # hues of those that are not grey
-TINTED = 0.18  # their saturation
+TINTED = 0.18  # saturation of backgrounds that are not grey
 EDGE = 0.02  # free space around every object, in units of the picture's side
 APART = 0.04  # between the circles around two objects
 OFFSET = 0.25  # least distance of two centres along the axis of a relation
@@ -27,34 +23,37 @@ CORNER, MIDDLE = (0.0, 0.34), (0.42, 0.58)
 REACH = {"circle": 1 / math.sqrt(math.pi), "square": math.sqrt(0.5), "triangle": 2 / 27**0.25}
 
 
-def draw_scene(ask: Ask, rng: np.random.Generator, lattice: int = EIGHTHS) -> Scene:
-    """A random scene that shows exactly what is asked.
-
-    lattice: centres lie on multiples of the picture's side over so much: 8, or 4, which leaves three places along each
-    axis; what would not fit at the outer ones lies an eighth further in.
-    """
+def draw_scene(ask: Ask, rng: np.random.Generator, variety: str = "full") -> Scene:
+    """A random scene that shows exactly what is asked; variety: of what is left open, one of ``VARIETIES``."""
+    v = VARIETIES[variety]
     kinds = [(w, _pick(rng, SHAPES, w.shape)) for w in ask.wanted for _ in range(w.count)]
     while True:
-        objects = _place([_object(rng, wanted, shape, len(kinds)) for wanted, shape in kinds], ask, rng, lattice)
+        objects = _place([_object(rng, wanted, shape, len(kinds), v) for wanted, shape in kinds], ask, rng, v.lattice)
         if objects is not None:
-            return Scene(_background(ask.background, rng), tuple(objects))
+            return Scene(_background(ask.background, rng, v), tuple(objects))
 
 
-def _object(rng: np.random.Generator, wanted, shape: str, among: int) -> Object:
+def _object(rng: np.random.Generator, wanted, shape: str, among: int, v: Variety) -> Object:
     """An object at no place yet; among several, large ones are rarer, because they would not fit."""
     size = wanted.size or str(rng.choice(list(SIZES), p=(0.3, 0.4, 0.3) if among < 3 else (0.5, 0.45, 0.05)))
     colour = _pick(rng, tuple(COLOURS), wanted.colour)
     return Object(
         shape,
         colour,
-        size=float(rng.uniform(*SIZES[size])),
+        size=_within(SIZES[size], rng, v),
         x=0.0,
         y=0.0,
-        hue=float((COLOURS[colour] + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1),
-        saturation=float(rng.uniform(*SATURATION)),
-        value=float(rng.uniform(*VALUE)),
+        hue=(COLOURS[colour] + _within(HUES, rng, v)) % 1,
+        saturation=_within(SATURATION, rng, v),
+        value=_within(VALUE, rng, v),
         angle=0.0,
     )
+
+
+def _within(limits: tuple[float, float], rng: np.random.Generator, v: Variety) -> float:
+    """A random number between the two, drawn together towards their middle as ``v.spread`` says."""
+    drawn, middle = float(rng.uniform(*limits)), sum(limits) / 2
+    return drawn if v.spread == 1 else middle + v.spread * (drawn - middle)
 
 
 def _place(objects: list[Object], ask: Ask, rng: np.random.Generator, lattice: int) -> list[Object] | None:
@@ -106,22 +105,23 @@ def _related(objects: list[Object], relation: str | None) -> bool:
     return along >= OFFSET and abs(across) <= SLOPE * along
 
 
-def _background(name: str | None, rng: np.random.Generator) -> Background:
-    """A tone of few, grey or with a slight tint, one in four with a soft texture."""
+def _background(name: str | None, rng: np.random.Generator, v: Variety) -> Background:
+    """A tone of few, grey or with a slight tint, plain or with a soft texture."""
     tones = {
-        None: TONES,
-        "white": TONES[-1:],
-        "black": TONES[:1],
-        "grey": TONES[3:4],
-        "light": TONES[5:],
-        "dark": TONES[:2],
+        None: v.tones,
+        "white": v.tones[-1:],
+        "black": v.tones[:1],
+        "grey": (v.tones[len(v.tones) // 2],),
+        "light": v.tones[-2:],
+        "dark": v.tones[:2],
     }[name]
-    tinted = name not in ("white", "black", "grey") and rng.uniform() < 0.5
-    texture = (
-        "plain" if name in ("white", "black") else str(rng.choice(["plain", "gradient", "waves"], p=(0.76, 0.12, 0.12)))
-    )
+    tinted = name not in ("white", "black", "grey") and rng.uniform() < v.tinted
+    texture = "plain"
+    if name not in ("white", "black"):
+        shares = (1 - v.textured, v.textured / 2, v.textured / 2)
+        texture = str(rng.choice(["plain", "gradient", "waves"], p=shares))
     return Background(
-        hue=int(rng.integers(TINTS)) / TINTS,
+        hue=int(rng.integers(v.tints)) / v.tints,
         saturation=TINTED if tinted else 0.0,
         value=_choice(rng, tones),
         texture=texture,

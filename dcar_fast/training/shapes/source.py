@@ -7,9 +7,10 @@ import numpy as np
 from dcar_fast.training.data.examples import Example
 from dcar_fast.training.shapes.asks import draw_ask
 from dcar_fast.training.shapes.captions import caption
-from dcar_fast.training.shapes.layout import EIGHTHS, LATTICES, draw_scene
+from dcar_fast.training.shapes.layout import draw_scene
 from dcar_fast.training.shapes.render import MAX_SIZE, MIN_SIZE, render
 from dcar_fast.training.shapes.scene import CATEGORIES, Prompt
+from dcar_fast.training.shapes.variety import VARIETIES
 
 # first words of the random generators' keys: training pictures, held-out prompts, pictures of given prompts
 TRAINING, HELD_OUT, PICTURES = range(3)
@@ -18,24 +19,23 @@ TRAINING, HELD_OUT, PICTURES = range(3)
 class ShapesSource:
     """Endless pictures of ``size`` x ``size`` pixels with captions; example i is a pure function of (seed, i).
 
-    held_out: draw from the combinations that training never sees instead. lattice: where objects may lie, see
-    :func:`dcar_fast.training.shapes.layout.draw_scene`. ``ValueError`` for a size out of 16..4096 or a lattice that is
-    neither 8 nor 4.
+    held_out: draw from the combinations that training never sees instead. variety: "full", or "few" to vary little that
+    captions do not speak of. ``ValueError`` for a size out of 16..4096 or another variety.
     """
 
-    def __init__(self, size: int = 64, seed: int = 0, held_out: bool = False, lattice: int = EIGHTHS) -> None:
+    def __init__(self, size: int = 64, seed: int = 0, held_out: bool = False, variety: str = "full") -> None:
         if isinstance(size, bool) or not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE:
             raise ValueError(f"size must be an integer in {MIN_SIZE}..{MAX_SIZE} pixels, got {size!r}")
-        if isinstance(lattice, bool) or lattice not in LATTICES:
-            raise ValueError(f"lattice must be one of {LATTICES}, got {lattice!r}")
-        self.size, self.seed, self.held_out, self.lattice = size, _checked(seed, "seed"), held_out, lattice
+        if variety not in VARIETIES:
+            raise ValueError(f"variety must be one of {tuple(VARIETIES)}, got {variety!r}")
+        self.size, self.seed, self.held_out, self.variety = size, _checked(seed, "seed"), held_out, variety
 
     def example(self, index: int) -> Example:
         """Example ``index`` >= 0."""
         rng = np.random.default_rng([HELD_OUT if self.held_out else TRAINING, self.seed, _checked(index, "index")])
         ask = draw_ask(rng, held_out=self.held_out)
         text = caption(ask, rng)
-        return Example(f"shapes-{self.seed}-{index}", render(draw_scene(ask, rng, self.lattice), self.size), text)
+        return Example(f"shapes-{self.seed}-{index}", render(draw_scene(ask, rng, self.variety), self.size), text)
 
 
 def held_out_prompts(count: int = 600, seed: int = 0) -> list[Prompt]:
