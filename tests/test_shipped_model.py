@@ -15,6 +15,8 @@ from dcar_fast.evaluation.shapes_eval import judge_pictures
 from dcar_fast.images import image_to_tensor, tensor_to_pixels
 from dcar_fast.training.shapes import held_out_prompts
 
+pytestmark = pytest.mark.skipif(shipped_folder("shapes") is None, reason="no trained weights come with the package yet")
+
 MOST_BYTES = 16_000_000
 SEED = 41  # of prompts and pictures; docs/training.md measures with another one
 PROMPTS = 96  # 16 in each category
