@@ -92,15 +92,13 @@ class DCAR(nn.Module):
         return check_grid(grid, tokens)
 
     def _initialise(self) -> None:
-        """Xavier linears with zero bias; token embeddings as large as the positions they are added to (root mean square
-        1 / sqrt 2). Small ones (std 0.02 is usual, for the text's projection too) are hardly seen beside the positions,
-        and the text hardly by the cross-attention: a model that is trained for hours, not weeks, then learns neither.
-        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.token_embedding.weight, std=math.sqrt(0.5))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for layer in (self.text_proj.fc1, self.text_proj.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
 
 
 def check_text(text_states: Tensor, text_mask: Tensor, batch: int | None, config: DCARConfig) -> None:

@@ -160,9 +160,10 @@ def random_access_loader(
         if not ok or (start_step and step != start_step):
             allowed = f"step {start_step or '>= 0'} and micro_batch in 0..{split.accumulation - 1}"
             raise ValueError(f"position must have {allowed}, got {position!r:.200}")
-    identity = {"kind": kind, "data": getattr(source, "fingerprint", "")}
+    data = getattr(source, "fingerprint", "")
+    identity = {"kind": kind, "data": data} if data else {"kind": kind}
     # positions of earlier versions name no data
-    if position is not None and position.get("data", identity["data"]) != identity["data"]:
+    if position is not None and position.get("data", data) != data:
         raise ValueError(f"position is of other data of kind {kind!r}: pictures came or went, or the seed is another")
     batches = DataLoader(
         _Rows(source),
