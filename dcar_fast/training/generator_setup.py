@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
