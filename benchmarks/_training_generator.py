@@ -9,8 +9,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dcar_fast.config import preset
 from dcar_fast.models.dcar import DCAR
-from dcar_fast.training.generator_loss import GeneratorLoss, decay_groups, diffusion_draws
+from dcar_fast.training.generator_loss import GeneratorLoss, diffusion_draws
 from dcar_fast.training.losses import random_token_mask, token_weight
+from dcar_fast.training.optimizers import make_optimizer
+from dcar_fast.training.settings import OptimizerSettings
 from dcar_fast.training.task import Draws
 
 PRESETS = {256: "dc-ar-256", 512: "dc-ar-512", 1024: "dc-ar-1024"}
@@ -22,11 +24,9 @@ def generator_step(size: int, batch: int = 1, prompt_tokens: int = 300) -> dict[
     torch.manual_seed(0)
     config = preset(PRESETS[size]).generator
     module = GeneratorLoss(DCAR(config)).train()
-    decayed, others = decay_groups(module)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}], lr=2e-4, betas=(0.9, 0.96)
-    )
-    parameters = [*decayed, *others]
+    settings = OptimizerSettings(learning_rate=2e-4, betas=(0.9, 0.96), weight_decay=0.03)
+    optimizer = make_optimizer(module, settings)
+    parameters = list(module.parameters())
     averages = [p.detach().clone() for p in parameters]
     update_averages = get_ema_multi_avg_fn(0.9999)
     tokens, channels = config.num_tokens, config.latent_channels

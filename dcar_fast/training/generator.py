@@ -24,9 +24,10 @@ from dcar_fast.models.text_encoder import TextEncoder, upload
 from dcar_fast.models.tokenizer import DCHT
 from dcar_fast.ops.vq_lookup import vq_lookup
 from dcar_fast.training.data.examples import Batch
-from dcar_fast.training.generator_loss import GeneratorLoss, decay_groups, diffusion_draws
+from dcar_fast.training.generator_loss import GeneratorLoss, diffusion_draws
 from dcar_fast.training.long_captions import SaidOnce
 from dcar_fast.training.losses import random_token_mask, token_weight
+from dcar_fast.training.optimizers import make_optimizer
 from dcar_fast.training.previews import prompt_grid
 from dcar_fast.training.task import Draws, Run, Task
 
@@ -77,11 +78,9 @@ class GeneratorTask(Task):
             raise ValueError("calibration must give batches where residual_scale is None")
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """AdamW; weight decay on the matrices of linear layers alone: not on biases, norms and embeddings."""
-        o = self.settings.optimizer
-        decayed, others = decay_groups(self.trained)
-        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return {MODULE: torch.optim.AdamW(groups, lr=o.learning_rate, betas=tuple(o.betas))}
+        """Weight decay on the matrices of linear layers alone: not on biases, norms and embeddings."""
+        muon = self.trained.hidden_matrices()
+        return {MODULE: make_optimizer(self.trained, self.settings.optimizer, muon=muon)}
 
     def train_step(self, run: Run, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """ "loss" and its parts, "masked_accuracy" and "gradient_norm"."""

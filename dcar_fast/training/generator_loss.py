@@ -14,6 +14,8 @@ from dcar_fast.reference.diffusion import TRAINING_STEPS
 from dcar_fast.training.losses import diffusion_loss, token_loss
 from dcar_fast.training.task import Draws
 
+INPUTS_AND_OUTPUTS = ("generator.to_logits.", "generator.head.input_proj.", "generator.head.final_layer.")
+
 
 class GeneratorLoss(nn.Module):
     """The generator, the text encoder if it is trained along, and their loss.
@@ -30,6 +32,13 @@ class GeneratorLoss(nn.Module):
         if self.text_encoder is not None:
             self.text_encoder.eval()
         return self
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights of the linear layers between hidden states, which Muon is for: those that read codes or residuals
+        and those that predict them keep AdamW."""
+        linear = {name for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        chosen = {f"{name}.weight" for name in linear if not f"{name}.".startswith(INPUTS_AND_OUTPUTS)}
+        return [parameter for name, parameter in self.named_parameters() if name in chosen]
 
     def forward(
         self,
@@ -99,14 +108,3 @@ def diffusion_draws(draws: Draws, multiplier: int, tokens: int, channels: int) -
         timesteps.append(torch.randint(TRAINING_STEPS, (multiplier, tokens), generator=generator))
         noise.append(torch.randn(multiplier, tokens, channels, generator=generator))
     return torch.stack(timesteps, dim=1).flatten(), torch.stack(noise, dim=1).flatten(0, 2)  # (m, b, N, ...)
-
-
-def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters: matrices of layers that are no embeddings, which weight decay is for, and the others."""
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decayed, others = [], []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if plain else others).append(parameter)
-    return decayed, others

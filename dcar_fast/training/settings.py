@@ -103,7 +103,8 @@ class DataSettings(_Settings):
 
 @dataclass(frozen=True)
 class OptimizerSettings(_Settings):
-    """AdamW, and how its learning rate changes: a linear rise, then constant or half a cosine down to the last step."""
+    """The optimiser, and how its learning rate changes: a linear rise, then constant or half a cosine down to the last
+    step."""
 
     learning_rate: float = 1e-4
     """After the warm-up."""
@@ -117,8 +118,11 @@ class OptimizerSettings(_Settings):
     """Where the cosine ends; None: the rate stays."""
     clip: float = 1.0
     """Largest norm of the gradients; 0: any."""
+    method: Literal["adamw", "muon"] = "adamw"
+    """muon: the generator's matrices between hidden states get orthogonalised updates, the rest AdamW's."""
 
     def __post_init__(self) -> None:
+        self._require_choice("method", ("adamw", "muon"))
         self._require("learning_rate", _is_number(self.learning_rate) and self.learning_rate > 0, "a positive number")
         betas = self.betas
         ok = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
@@ -233,6 +237,9 @@ class TokenizerTraining(_Settings):
         _require_shared(self, {"optimizer": OptimizerSettings, "discriminator": OptimizerSettings})
         _require_model(self, DCHTConfig)
         self._require_choice("stage", STAGES)
+        for name in ("optimizer", "discriminator"):
+            adamw = getattr(self, name).method == "adamw"
+            self._require(name, adamw, "of method 'adamw': muon is for the generator's matrices")
         self._require_text("initial", "lpips_weights")
         self._require("initial", bool(self.initial) or self.stage != "alternate", "given for stage 'alternate'")
         self._require_choice("reconstruction", ("mse", "l1"))

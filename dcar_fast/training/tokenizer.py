@@ -24,13 +24,14 @@ from dcar_fast.training.codebook import CodebookUsage, codebook_statistics, repl
 from dcar_fast.training.data.examples import Batch
 from dcar_fast.training.discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, hinge_loss
 from dcar_fast.training.grids import image_grid, pixels_to_images
+from dcar_fast.training.optimizers import make_optimizer
 from dcar_fast.training.perceptual import load_perceptual
 from dcar_fast.training.sync_batch_norm import rows_of_all_processes, sum_over_processes
 from dcar_fast.training.task import Draws, Run, Task
 from dcar_fast.training.tokenizer_model import StagedTokenizer, psnr, reconstructions
 
 if TYPE_CHECKING:
-    from dcar_fast.training.settings import OptimizerSettings, TokenizerTraining
+    from dcar_fast.training.settings import TokenizerTraining
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +82,10 @@ class TokenizerTask(Task):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """AdamW on what the stage trains; weight decay on convolution weights alone: not on biases, norms, codes."""
         s = self.settings
-        self._optimizers = {TOKENIZER: _adamw(self.staged, s.optimizer)}
+        self._optimizers = {TOKENIZER: make_optimizer(self.staged, s.optimizer)}
         if DISCRIMINATOR in self.modules:
-            self._optimizers[DISCRIMINATOR] = _adamw(
-                self.modules[DISCRIMINATOR], s.discriminator, DISCRIMINATOR_EPSILON
+            self._optimizers[DISCRIMINATOR] = make_optimizer(
+                self.modules[DISCRIMINATOR], s.discriminator, epsilon=DISCRIMINATOR_EPSILON
             )
         return dict(self._optimizers)
 
@@ -248,12 +249,3 @@ class TokenizerTask(Task):
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, or the module itself."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-
-
-def _adamw(module: nn.Module, settings: OptimizerSettings, epsilon: float = 1e-8) -> torch.optim.AdamW:
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=tuple(settings.betas), eps=epsilon)

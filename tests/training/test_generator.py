@@ -16,8 +16,9 @@ from dcar_fast.sampling import ReferenceSampler
 from dcar_fast.training.continuation import load_text_encoder
 from dcar_fast.training.data.examples import Batch
 from dcar_fast.training.generator import GeneratorTask, residual_scale
-from dcar_fast.training.generator_loss import decay_groups, diffusion_draws
+from dcar_fast.training.generator_loss import diffusion_draws
 from dcar_fast.training.losses import diffusion_loss, random_token_mask, token_loss, token_weight
+from dcar_fast.training.optimizers import decay_groups
 from dcar_fast.training.previews import prompt_grid
 from dcar_fast.training.task import Draws
 from tests import tiny_t5

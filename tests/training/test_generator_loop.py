@@ -22,6 +22,8 @@ from dcar_fast.training.generator_setup import train_generator
 from dcar_fast.training.settings import GeneratorTraining
 from tests.training.tiny_generator import GENERATOR, TEXT, models
 
+MUON = {"learning_rate": 1e-3, "warmup_steps": 2, "method": "muon"}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -104,11 +106,27 @@ def test_accumulation_gives_the_same_losses(root, whole, tmp_path):
     close(history(tmp_path), history(whole))
 
 
+@pytest.fixture(scope="module")
+def whole_muon(root):
+    output = root / "whole_muon"
+    train_generator(settings(root, output, optimizer=MUON))
+    return output
+
+
+def test_a_resumed_run_with_muon_shows_the_same_losses(root, whole, whole_muon, tmp_path):
+    train_generator(settings(root, tmp_path, steps=3, optimizer=MUON))
+    train_generator(settings(root, tmp_path, optimizer=MUON))
+    assert history(tmp_path) == history(whole_muon) != history(whole)
+    with pytest.raises(ValueError, match="optimizer.method 'muon' -> 'adamw'"):
+        train_generator(settings(root, tmp_path))
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
 @pytest.mark.parametrize("run", [{"accumulation": 2}, {"parallel": "fsdp2"}], ids=["accumulated", "sharded"])
-def test_two_processes_give_the_same_losses(root, whole, tmp_path, run):
+def test_two_processes_give_the_same_losses(root, whole, whole_muon, tmp_path, run, method):
     """torchrun on the command line, with a recipe; the text encoder is trained along."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(settings(root, tmp_path / "out", run=run).to_dict()))
+    recipe, optimizer = tmp_path / "recipe.yaml", {**MUON, "method": method}
+    recipe.write_text(json.dumps(settings(root, tmp_path / "out", run=run, optimizer=optimizer).to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dcar_fast", "train-generator", "--config", str(recipe)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -118,7 +136,7 @@ def test_two_processes_give_the_same_losses(root, whole, tmp_path, run):
     finally:
         launched.terminate()  # it ends its processes then; one that is killed would leave them behind
     assert launched.returncode == 0, errors[-2000:]
-    close(history(tmp_path / "out"), history(whole))
+    close(history(tmp_path / "out"), history({"adamw": whole, "muon": whole_muon}[method]))
     assert DCARPipeline.from_pretrained(tmp_path / "out" / "model").trained
 
 
