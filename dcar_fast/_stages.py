@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -34,7 +35,8 @@ class Stages:
 
     The models must fit together (``ValueError``); the tokenizer gets the fast nearest-code lookup. trained: whether the
     weights mean anything; untrained ones are announced once. engine: what samples and decodes, "fast" or the plain
-    modules, "reference"; it can be changed at any time, and so can ``sampler_dtype``.
+    modules, "reference"; it can be changed at any time, and so can ``sampler_dtype``. sampling: how calls sample that
+    do not say, by default as the released sampler; it is saved with the models.
     """
 
     _sampler_dtype: torch.dtype | None = None
@@ -47,9 +49,12 @@ class Stages:
         *,
         trained: bool = True,
         engine: Engine = "fast",
+        sampling: SamplingConfig | None = None,
     ) -> None:
         self.engine = engine
-        self.config = PipelineConfig(tokenizer.config, generator.config, text_encoder.config)
+        self.config = PipelineConfig(
+            tokenizer.config, generator.config, text_encoder.config, sampling or SamplingConfig()
+        )
         self.tokenizer, self.generator, self.text_encoder = tokenizer, generator, text_encoder
         self.tokenizer.quantizer.lookup = vq_lookup
         self.trained = trained
@@ -88,6 +93,15 @@ class Stages:
     def sampler_dtype(self, dtype: torch.dtype | None) -> None:
         FastSampler(self.generator, dtype=dtype)  # checks it
         self._sampler_dtype = dtype
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How calls sample that do not say; it can be set. ``ValueError`` for anything but a SamplingConfig."""
+        return self.config.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: SamplingConfig) -> None:
+        self.config = replace(self.config, sampling=sampling)
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,7 @@ FORMAT = "dcar_fast"
 TOKENIZER_FORMAT = "dcar_fast.tokenizer"
 VERSION = 1
 PARTS = ("tokenizer", "generator", "text_encoder")
+CONFIGS = ("tokenizer", "generator", "text", "sampling")
 
 State = Mapping[str, Tensor]
 
@@ -137,7 +138,7 @@ def load_folder(folder: str | Path) -> tuple[dict[str, nn.Module], PipelineConfi
     if settings.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'} does not describe a {FORMAT} folder (no format: {FORMAT!r})")
     _check_version(settings, folder)
-    config = PipelineConfig.from_dict({k: settings[k] for k in ("tokenizer", "generator", "text") if k in settings})
+    config = PipelineConfig.from_dict({k: settings[k] for k in CONFIGS if k in settings})
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"tokenizer": DCHT(config.tokenizer), "generator": DCAR(config.generator)}
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced

@@ -231,11 +231,12 @@ class SamplingConfig(_Config):
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """The three models of a pipeline, checked to fit together."""
+    """The three models of a pipeline, checked to fit together, and how it samples where a call does not say."""
 
     tokenizer: DCHTConfig = field(default_factory=DCHTConfig)
     generator: DCARConfig = field(default_factory=DCARConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     @property
     def image_size(self) -> int:
@@ -251,6 +252,8 @@ class PipelineConfig:
         ):
             if left != right:
                 raise ValueError(f"PipelineConfig: the generator's {name} is {right}, its partner's is {left}")
+        if not isinstance(self.sampling, SamplingConfig):
+            raise ValueError(f"PipelineConfig.sampling must be a SamplingConfig, got {self.sampling!r:.80}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -258,9 +261,13 @@ class PipelineConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PipelineConfig:
         wanted = {"tokenizer": DCHTConfig, "generator": DCARConfig, "text": TextEncoderConfig}
-        if not isinstance(values, dict) or set(values) != set(wanted):
-            raise ValueError(f"PipelineConfig is made from a dict with the keys {sorted(wanted)}, got {values!r:.80}")
-        return cls(**{name: config.from_dict(values[name]) for name, config in wanted.items()})
+        if not isinstance(values, dict) or set(values) - {"sampling"} != set(wanted):
+            raise ValueError(
+                f"PipelineConfig is made from a dict with the keys {sorted(wanted)} and perhaps 'sampling', got "
+                f"{values!r:.80}"
+            )
+        made = {name: config.from_dict(values[name]) for name, config in wanted.items()}
+        return cls(**made, sampling=SamplingConfig.from_dict(values.get("sampling", {})))
 
 
 def _full_size(num_tokens: int) -> PipelineConfig:

@@ -39,10 +39,11 @@ from dcar_fast.sampling import Known
 class DCARPipeline(Stages):
     """Text-to-image, reconstruction, inpainting and variations with one set of models.
 
-    DCARPipeline(tokenizer, generator, text_encoder, *, trained=True, engine="fast"): the three models, which must fit
-    together (``ValueError``); they are put into eval mode and the tokenizer gets the fast nearest-code lookup. trained:
-    whether the weights mean anything; an untrained pipeline says so once. engine: what samples and decodes, "fast" or
-    the plain modules, "reference"; the attribute can be set at any time.
+    DCARPipeline(tokenizer, generator, text_encoder, *, trained=True, engine="fast", sampling=None): the three models,
+    which must fit together (``ValueError``); they are put into eval mode and the tokenizer gets the fast nearest-code
+    lookup. trained: whether the weights mean anything; an untrained pipeline says so once. engine: what samples and
+    decodes, "fast" or the plain modules, "reference". sampling: how calls sample that do not say (None: as the released
+    sampler). The attributes engine and sampling can be set at any time.
     """
 
     # ---- making one
@@ -66,9 +67,11 @@ class DCARPipeline(Stages):
         config = preset(name)
         device, engine = check_device(device), check_engine(engine)
         if seed is None and (folder := checkpoints.shipped_folder(name)) is not None:
-            parts, _, trained = checkpoints.load_folder(folder)
+            parts, config, trained = checkpoints.load_folder(folder)
             # they are stored in half precision
-            return cls(**parts, trained=trained, engine=engine).to(device, dtype or torch.float32)
+            return cls(**parts, trained=trained, engine=engine, sampling=config.sampling).to(
+                device, dtype or torch.float32
+            )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(check_seeds([seed or 0])[0])  # the CPU's alone, which is put back
             tokenizer = DCHT(config.tokenizer)
@@ -88,8 +91,8 @@ class DCARPipeline(Stages):
     ) -> DCARPipeline:
         """A folder written by :meth:`save_pretrained` or ``dcar-fast convert``, or a hub repository with its files."""
         device, engine = check_device(device), check_engine(engine)
-        parts, _, trained = checkpoints.load_folder(checkpoints.find_folder(folder_or_hub_id, revision))
-        return cls(**parts, trained=trained, engine=engine).to(device, dtype)
+        parts, config, trained = checkpoints.load_folder(checkpoints.find_folder(folder_or_hub_id, revision))
+        return cls(**parts, trained=trained, engine=engine, sampling=config.sampling).to(device, dtype)
 
     @classmethod
     def from_official(
@@ -127,8 +130,8 @@ class DCARPipeline(Stages):
         prompts: str | Sequence[str],
         *,
         seed: int | Sequence[int] | None = None,
-        num_steps: int = 12,
-        guidance_scale: float = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 8,
@@ -140,12 +143,13 @@ class DCARPipeline(Stages):
         seed: image b uses seed + b; a list gives one seed per image; None draws one. An image's noise depends on its
         seed alone: in float32 its tokens are the same in every batch, in lower precision rounding may flip some.
         height, width: pixels, multiples of the compression, by default the model's own square. batch_size: prompts
-        sampled together. Further keywords are fields of SamplingConfig. Each image's ``info`` holds prompt, seed and
-        settings as text. ``ValueError`` for bad input, before any work.
+        sampled together. num_steps, guidance_scale and further keywords are fields of SamplingConfig; what is left out
+        is as in ``pipeline.sampling``, for the released models 12 steps and a scale of 4.5. Each image's ``info`` holds
+        prompt, seed and settings as text. ``ValueError`` for bad input, before any work.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         check_prompts(prompts)
-        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
+        config = self._sampling(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
         grid = self.grid(height, width)
         seeds = image_seeds(seed, len(prompts))
         check_batch_size(batch_size)
@@ -166,8 +170,8 @@ class DCARPipeline(Stages):
         *,
         seed: int | Sequence[int] = 0,
         names: Sequence[str | None] | None = None,
-        num_steps: int = 12,
-        guidance_scale: float = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 8,
@@ -187,7 +191,7 @@ class DCARPipeline(Stages):
         the environment. Bad input is a ``ValueError`` before any work.
         """
         jobs = make_jobs(prompts, seed, names)
-        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
+        config = self._sampling(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
         grid = self.grid(height, width)
         check_batch_size(batch_size)
         rank = Rank.from_environment() if rank is None else rank
@@ -227,8 +231,8 @@ class DCARPipeline(Stages):
         prompt: str,
         *,
         seed: int | None = None,
-        num_steps: int = 12,
-        guidance_scale: float = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         pad: bool = False,
         paste: bool = False,
         progress: bool = True,
@@ -239,7 +243,7 @@ class DCARPipeline(Stages):
         The rest goes through the tokenizer unchanged (tokens and residuals bit-equal); ``paste`` puts the original
         pixels back outside the mask. An all-black mask gives the reconstruction, an all-white one a new image.
         """
-        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
+        config = self._sampling(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
         pixels = image_to_multiple(image, self.config.tokenizer.compression, pad)
         hidden = mask_to_tensor(mask, image.size)
         padded = torch.zeros(pixels.shape[2:], dtype=torch.bool)
@@ -263,8 +267,8 @@ class DCARPipeline(Stages):
         strength: float = 0.5,
         *,
         seed: int | None = None,
-        num_steps: int = 12,
-        guidance_scale: float = 4.5,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         pad: bool = False,
         progress: bool = True,
         **sampling: Any,
@@ -272,7 +276,7 @@ class DCARPipeline(Stages):
         """Samples a random ``strength`` share (0..1, rounded to whole tokens) of the image's tokens anew."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise ValueError(f"strength must be a number in 0..1, got {strength!r}")
-        config = SamplingConfig.from_dict({"num_steps": num_steps, "guidance_scale": guidance_scale, **sampling})
+        config = self._sampling(num_steps=num_steps, guidance_scale=guidance_scale, **sampling)
         pixels = image_to_multiple(image, self.config.tokenizer.compression, pad)
         seeds = image_seeds(seed, 1)
         f = self.config.tokenizer.compression
@@ -283,6 +287,11 @@ class DCARPipeline(Stages):
         return self._cut(result, image)
 
     # ---- shared by the above
+
+    def _sampling(self, **changes: Any) -> SamplingConfig:
+        """The pipeline's own settings with those that a call gives."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return SamplingConfig.from_dict({**self.sampling.to_dict(), **given})
 
     def _draw(self, prompts, seeds, config: SamplingConfig, grid, progress) -> list[Image.Image]:
         sample = self.generate(self.encode_text(prompts), seeds, config, grid, progress=progress)

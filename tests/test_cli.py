@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar_fast import DCARPipeline
 from dcar_fast.cli import main
+from dcar_fast.config import SamplingConfig
 
 SIZE = (64, 64)
 
@@ -40,6 +42,20 @@ def test_several_prompts_are_numbered_and_reproducible(tmp_path):
     assert main(["sample", "two", "-o", str(out), "--seed", "6", "--num-steps", "2"]) == 0
     second, alone = (np.array(Image.open(p)).astype(int) for p in (tmp_path / "a-1.png", out))
     assert np.abs(second - alone).max() <= 1
+
+
+def test_flags_that_are_not_given_are_as_in_the_models_folder(tmp_path):
+    pipeline = DCARPipeline.from_preset("shapes", seed=1)
+    pipeline.sampling = SamplingConfig(num_steps=2, guidance_scale=1.25, anneal_softmax=False)
+    pipeline.save_pretrained(tmp_path / "model")
+    out = tmp_path / "a.png"
+    for flags, expected in (
+        ([], (2, 1.25, False)),
+        (["--num-steps", "1", "--guidance-scale", "4.5", "--anneal-softmax", "True"], (1, 4.5, True)),
+    ):
+        assert main(["sample", "x", "--model", str(tmp_path / "model"), "-o", str(out), "--seed", "1", *flags]) == 0
+        found = json.loads(Image.open(out).text["settings"])
+        assert (found["num_steps"], found["guidance_scale"], found["anneal_softmax"]) == expected
 
 
 def test_reconstruct_inpaint_variation(tmp_path, picture):
@@ -86,12 +102,13 @@ def test_generate_draws_a_file_of_prompts_and_resumes(tmp_path, capsys):
     (out / "second.png").unlink()
     assert main(args) == 0
     assert "wrote 1 images" in (line := capsys.readouterr().out) and "2 were there" in line
-    assert main([*args, "--guidance-scale", "2"]) == 2
-    assert "00000.png is in the way: its guidance_scale is 4.5, this run's is 2.0" in capsys.readouterr().err
-    assert main([*args, "--guidance-scale", "2", "--overwrite"]) == 0
-    assert json.loads(Image.open(out / "second.png").text["settings"])["guidance_scale"] == 2
+    own = json.loads(Image.open(out / "second.png").text["settings"])["guidance_scale"]
+    assert main([*args, "--guidance-scale", "7"]) == 2
+    assert f"00000.png is in the way: its guidance_scale is {own}, this run's is 7.0" in capsys.readouterr().err
+    assert main([*args, "--guidance-scale", "7", "--overwrite"]) == 0
+    assert json.loads(Image.open(out / "second.png").text["settings"])["guidance_scale"] == 7
     alone = tmp_path / "alone.png"
-    assert main(["sample", "three", "-o", str(alone), "--seed", "7", "--num-steps", "2", "--guidance-scale", "2"]) == 0
+    assert main(["sample", "three", "-o", str(alone), "--seed", "7", "--num-steps", "2", "--guidance-scale", "7"]) == 0
     assert np.abs(np.array(Image.open(alone)).astype(int) - np.array(Image.open(out / "00002.png"))).max() <= 1
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from dcar_fast._sampling_options import SamplingOptions
 from dcar_fast.checkpoints import save_tokenizer
 from dcar_fast.cli import main
-from dcar_fast.config import SamplingConfig
 from dcar_fast.evaluation.settings import (
     FidEvaluation,
     GenevalImages,
@@ -263,7 +263,7 @@ def test_evaluations_get_their_flags(monkeypatch):
         ["geneval", "--prompts", "p", "--output", "o", "--samples", "2", "--limit", "3"],
     ):
         assert main(["evaluate", *args]) == 0
-    sampling = SamplingConfig(num_steps=6, guidance_scale=2.0)
+    sampling = SamplingOptions(num_steps=6, guidance_scale=2.0)
     assert found == [
         ReconstructionEvaluation(tokenizer="t", count=5),
         ShapesEvaluation(model="m", count=7, sampling=sampling),

@@ -240,7 +240,9 @@ def test_parts_of_a_pipeline_must_fit(part, change, message):
         dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **change)})
 
 
-@pytest.mark.parametrize("broken", [{}, {"generator": None}, {"generator": 5}, {"text": [1]}, {"extra": {}}])
+@pytest.mark.parametrize(
+    "broken", [{}, {"generator": None}, {"text": [1]}, {"extra": {}}, {"sampling": 5}, {"sampling": {"steps": 2}}]
+)
 def test_pipeline_config_from_broken_json(broken):
     values = preset("shapes").to_dict()
     with pytest.raises(ValueError, match="Config"):

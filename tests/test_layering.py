@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
 APPLICATIONS = {
     "_inputs",
     "_model_choice",
+    "_sampling_options",
     "_progress",
     "_release",
     "_stages",

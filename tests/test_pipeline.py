@@ -11,7 +11,10 @@ from PIL import Image
 
 from dcar_fast import DCARPipeline, FastSampler
 from dcar_fast._progress import SamplingBar
+from dcar_fast.config import SamplingConfig
 from dcar_fast.ops.vq_lookup import vq_lookup
+
+KNOWN = SamplingConfig().to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,37 @@ def test_seeds_are_recorded_and_reproduce(lively):
     assert lively("x", progress=False)[0].info["seed"] != first.info["seed"]
     settings = json.loads(lively(["a", "b"], seed=[5, 9], num_steps=3, progress=False)[1].info["settings"])
     assert settings["num_steps"] == 3 and settings["guidance_scale"] == 4.5 and settings["dtype"] == "float32"
+
+
+def test_the_pipelines_own_settings_hold_where_a_call_does_not_say(tmp_path, lively, photo):
+    """They are saved along; a folder without them has the released sampler's."""
+
+    def settings(image) -> SamplingConfig:
+        return SamplingConfig.from_dict({k: v for k, v in json.loads(image.info["settings"]).items() if k in KNOWN})
+
+    own = SamplingConfig(num_steps=3, guidance_scale=1.5, temperature=0.25, final_forward=True)
+    DCARPipeline(*lively._models(), sampling=own).save_pretrained(tmp_path)
+    loaded = DCARPipeline.from_pretrained(tmp_path)
+    assert loaded.sampling == own and lively.sampling == SamplingConfig()
+    image = loaded("x", seed=1, progress=False)[0]
+    assert settings(image) == own
+    given = own.to_dict()
+    assert np.array_equal(_pixels(image), _pixels(lively("x", seed=1, progress=False, **given)[0]))
+    mask = Image.new("L", photo.size, 255)
+    for changed in (
+        loaded("x", seed=1, progress=False, guidance_scale=4.5, final_forward=False)[0],
+        loaded.inpaint(photo, mask, "x", progress=False, guidance_scale=4.5, final_forward=False),
+        loaded.variation(photo, "x", progress=False, guidance_scale=4.5, final_forward=False),
+    ):
+        assert settings(changed) == SamplingConfig(num_steps=3, temperature=0.25)
+    loaded.sampling = SamplingConfig(num_steps=2)
+    assert settings(loaded("x", seed=1, progress=False)[0]) == SamplingConfig(num_steps=2)
+    with pytest.raises(ValueError, match=r"PipelineConfig\.sampling must be a SamplingConfig, got \{'num_steps': 3\}"):
+        loaded.sampling = {"num_steps": 3}
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sampling"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DCARPipeline.from_pretrained(tmp_path).sampling == SamplingConfig()
 
 
 def test_sizes(lively):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from dcar_fast._model_choice import ModelChoice
+from dcar_fast._sampling_options import SamplingOptions, given
 from dcar_fast.cli.common import Output, interrupted_by_sigterm
-from dcar_fast.config import SamplingConfig
 
-Sampling = Annotated[SamplingConfig, arg(name="")]
+Sampling = Annotated[SamplingOptions, arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Sample(ModelChoice):
     """The same for the width."""
     batch_size: int = 8
     """Prompts sampled together."""
-    sampling: Sampling = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         paths = _outputs(self.output, len(self.prompts))
@@ -42,7 +42,7 @@ class Sample(ModelChoice):
             height=self.height,
             width=self.width,
             batch_size=self.batch_size,
-            **asdict(self.sampling),
+            **given(self.sampling),
         )
         _save(images, paths)
 
@@ -68,7 +68,7 @@ class Generate(ModelChoice):
     """Prompts sampled together; those of about equal length are."""
     overwrite: bool = False
     """Draw everything anew, whatever is in the folder."""
-    sampling: Sampling = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         from dcar_fast.bulk.folder import check_folder
@@ -90,7 +90,7 @@ class Generate(ModelChoice):
                 batch_size=self.batch_size,
                 overwrite=self.overwrite,
                 rank=rank,
-                **asdict(self.sampling),
+                **given(self.sampling),
             )
         print(report)
 
@@ -128,11 +128,11 @@ class Inpaint(ModelChoice):
     """Repeat the edges up to the next multiple of the compression, and cut them off again."""
     paste: bool = False
     """Put the original pixels back outside the mask."""
-    sampling: Sampling = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         image, mask, paths = _open(self.image), _open(self.mask), _outputs(self.output, 1)
-        options = {"seed": self.seed, "pad": self.pad, "paste": self.paste, **asdict(self.sampling)}
+        options = {"seed": self.seed, "pad": self.pad, "paste": self.paste, **given(self.sampling)}
         _save([self.pipeline().inpaint(image, mask, self.prompt, **options)], paths)
 
 
@@ -150,11 +150,11 @@ class Variation(ModelChoice):
     seed: int | None = None
     pad: bool = False
     """Repeat the edges up to the next multiple of the compression, and cut them off again."""
-    sampling: Sampling = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         image, paths = _open(self.image), _outputs(self.output, 1)
-        options = {"seed": self.seed, "pad": self.pad, **asdict(self.sampling)}
+        options = {"seed": self.seed, "pad": self.pad, **given(self.sampling)}
         _save([self.pipeline().variation(image, self.prompt, self.strength, **options)], paths)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcar_fast._model_choice import ModelChoice
-from dcar_fast.config import SamplingConfig
+from dcar_fast._sampling_options import SamplingOptions, given
 from dcar_fast.evaluation._base import Evaluation, write_json
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ShapesEvaluation(ModelChoice, Evaluation):
     """Side in pixels of the renders that validate judges."""
     batch_size: int = 8
     """Prompts sampled together."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
         self._check_model()
@@ -77,7 +77,7 @@ class ShapesEvaluation(ModelChoice, Evaluation):
                 seed=self.seed,
                 batch_size=self.batch_size,
                 rank=rank,
-                **asdict(self.sampling),
+                **given(self.sampling),
             )
             print(drawn)
             if not drawn.complete:
@@ -121,7 +121,7 @@ class _PromptFileEvaluation(ModelChoice, Evaluation):
     """Pixels, a multiple of the compression; by default the model's own size."""
     width: int | None = None
     """The same for the width."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
         self._check_model()
@@ -130,7 +130,7 @@ class _PromptFileEvaluation(ModelChoice, Evaluation):
 
     def _options(self, rank: Rank) -> dict[str, Any]:
         names = ("seed", "batch_size", "height", "width")
-        return {**{name: getattr(self, name) for name in names}, "rank": rank, **asdict(self.sampling)}
+        return {**{name: getattr(self, name) for name in names}, "rank": rank, **given(self.sampling)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ FREE = {
     "run.resume",
     "run.threads",
     "run.device",
+    "sampling",
     "data.workers",
     "residual_examples",
     "residual_std_examples",

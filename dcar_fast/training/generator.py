@@ -109,7 +109,13 @@ class GeneratorTask(Task):
         from dcar_fast.pipeline import DCARPipeline
 
         training = self.trained.training
-        pipeline = DCARPipeline(self.tokenizer, self.trained.generator, self.text_encoder, engine="reference")
+        pipeline = DCARPipeline(
+            self.tokenizer,
+            self.trained.generator,
+            self.text_encoder,
+            engine="reference",
+            sampling=self.settings.sampling,
+        )
         images = pipeline(prompts, seed=list(range(len(prompts))), progress=False)
         self.trained.train(training)
         return {"samples": prompt_grid(images, prompts)}
@@ -117,7 +123,8 @@ class GeneratorTask(Task):
     def export(self, folder: Path) -> None:
         """A pipeline folder that ``DCARPipeline.from_pretrained`` loads, stored in ``settings.export_dtype``."""
         parts = {"tokenizer": self.tokenizer, "generator": self.trained.generator, "text_encoder": self.text_encoder}
-        config = PipelineConfig(self.tokenizer.config, self.trained.generator.config, self.text_encoder.config)
+        generator, sampling = self.trained.generator, self.settings.sampling
+        config = PipelineConfig(self.tokenizer.config, generator.config, self.text_encoder.config, sampling)
         dtype = getattr(torch, self.settings.export_dtype)
         if dtype != torch.float32:
             parts = {name: _copied(part, dtype) for name, part in parts.items()}

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dcar_fast.config import PRESETS, DCARConfig, DCHTConfig, TextEncoderConfig, _Config, _is_int, _is_number
+from dcar_fast.config import (
+    PRESETS,
+    DCARConfig,
+    DCHTConfig,
+    SamplingConfig,
+    TextEncoderConfig,
+    _Config,
+    _is_int,
+    _is_number,
+)
 
 DATA_KINDS = ("shapes", "folder", "shards", "cache")
 STAGES = ("continuous", "discrete", "alternate")
@@ -299,6 +308,8 @@ class GeneratorTraining(_Settings):
     """Prompts that are drawn for the log."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """In which the exported model is stored."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How previews are drawn, and by default whatever the exported model draws."""
 
     def __post_init__(self) -> None:
         _require_shared(self, {"optimizer": OptimizerSettings})
@@ -314,6 +325,7 @@ class GeneratorTraining(_Settings):
         self._require_int("residual_examples", 1)
         self._require_texts("preview_prompts")
         self._require_choice("export_dtype", ("float32", "float16", "bfloat16"))
+        self._require_type("sampling", SamplingConfig)
 
 
 Training = TokenizerTraining | GeneratorTraining

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dcar_fast import DCARPipeline
 from dcar_fast.checkpoints import save_tokenizer
 from dcar_fast.cli import main
+from dcar_fast.config import SamplingConfig
 from dcar_fast.training.cache import make_cache
 from dcar_fast.training.cache_settings import CacheSettings
 from dcar_fast.training.generator_setup import train_generator
@@ -82,6 +83,15 @@ def test_a_resumed_run_shows_the_same_losses(root, whole, tmp_path, monkeypatch)
     resumed, expected = (load_file(folder / "model" / "generator.safetensors") for folder in (tmp_path, whole))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
     assert DCARPipeline.from_pretrained(tmp_path / "model").generator.config.head_scale == first
+
+
+def test_the_exported_model_samples_as_the_recipe_says(root, whole, tmp_path):
+    """That may be changed at any time: nothing that is trained depends on it."""
+    train_generator(settings(root, tmp_path, steps=3))
+    train_generator(settings(root, tmp_path, sampling={"num_steps": 5, "guidance_scale": 1.5}))
+    assert history(tmp_path) == history(whole)
+    found = [DCARPipeline.from_pretrained(folder / "model").sampling for folder in (tmp_path, whole)]
+    assert found == [SamplingConfig(num_steps=5, guidance_scale=1.5), SamplingConfig()]
 
 
 def test_the_exported_weights_are_the_averages(root, tmp_path):

@@ -148,13 +148,17 @@ def test_places(place):
 
 
 def test_little_varies_with_few():
-    """Nine places, what does not fit at the outer ones an eighth further in; one shade, three sizes. What is asked for
-    is kept."""
+    """Five places, what does not fit in the corners an eighth further in; one shade, three sizes and nothing but medium
+    ones where none is asked for; plain backgrounds. What is asked for is kept."""
     seen, shades, sizes = set(), set(), set()
     for i, ask in enumerate(asks(400)):
         scene = draw_scene(ask, rng(3, i), "few")
         assert scene.background.value in (0.06, 0.2, 0.5, 0.8, 0.97)
+        assert (scene.background.texture, scene.background.saturation) == ("plain", 0.0)
+        unsaid = [o for o in scene.objects if all(w.size is None for w in ask.wanted)]
+        assert all(o.size == sum(SIZES["medium"]) / 2 for o in unsaid)
         for o in scene.objects:
+            assert (o.x == 0.5) == (o.y == 0.5)
             seen |= {o.x, o.y}
             shades |= {(o.colour, o.hue, o.saturation, o.value)}
             sizes |= {o.size}

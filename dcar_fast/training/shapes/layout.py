@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from dcar_fast.training.shapes.scene import COLOURS, SHAPES, SIZES, Ask, Background, Object, Scene
+from dcar_fast.training.shapes.scene import COLOURS, PLACES, SHAPES, SIZES, Ask, Background, Object, Scene
 from dcar_fast.training.shapes.variety import EIGHTHS, VARIETIES, Variety
 
 HUES = (-0.005, 0.005)  # about that of the colour's name
@@ -28,14 +28,16 @@ def draw_scene(ask: Ask, rng: np.random.Generator, variety: str = "full") -> Sce
     v = VARIETIES[variety]
     kinds = [(w, _pick(rng, SHAPES, w.shape)) for w in ask.wanted for _ in range(w.count)]
     while True:
-        objects = _place([_object(rng, wanted, shape, len(kinds), v) for wanted, shape in kinds], ask, rng, v.lattice)
+        objects = _place([_object(rng, wanted, shape, len(kinds), v) for wanted, shape in kinds], ask, rng, v)
         if objects is not None:
             return Scene(_background(ask.background, rng, v), tuple(objects))
 
 
 def _object(rng: np.random.Generator, wanted, shape: str, among: int, v: Variety) -> Object:
     """An object at no place yet; among several, large ones are rarer, because they would not fit."""
-    size = wanted.size or str(rng.choice(list(SIZES), p=(0.3, 0.4, 0.3) if among < 3 else (0.5, 0.45, 0.05)))
+    size = wanted.size or "medium"
+    if not wanted.size and v.sizes == "any":
+        size = str(rng.choice(list(SIZES), p=(0.3, 0.4, 0.3) if among < 3 else (0.5, 0.45, 0.05)))
     colour = _pick(rng, tuple(COLOURS), wanted.colour)
     return Object(
         shape,
@@ -56,13 +58,20 @@ def _within(limits: tuple[float, float], rng: np.random.Generator, v: Variety) -
     return drawn if v.spread == 1 else middle + v.spread * (drawn - middle)
 
 
-def _place(objects: list[Object], ask: Ask, rng: np.random.Generator, lattice: int) -> list[Object] | None:
+def _place(objects: list[Object], ask: Ask, rng: np.random.Generator, v: Variety) -> list[Object] | None:
     """The objects at random places that do not overlap and keep relation and place; None if none was found."""
     for _ in range(100):
-        placed = [_at(o, *(_on_lattice(*_range(o, ask.place, axis), rng, lattice) for axis in (0, 1))) for o in objects]
+        placed = [_somewhere(o, ask.place, rng, v) for o in objects]
         if all(_apart(a, b) for i, a in enumerate(placed) for b in placed[:i]) and _related(placed, ask.relation):
             return placed
     return None
+
+
+def _somewhere(o: Object, place: str | None, rng: np.random.Generator, v: Variety) -> Object:
+    """The object at a random point of the place, or of any."""
+    if place is None and v.places == "named":
+        place = PLACES[int(rng.integers(len(PLACES)))]
+    return _at(o, *(_on_lattice(*_range(o, place, axis), rng, v.lattice) for axis in (0, 1)))
 
 
 def _range(o: Object, place: str | None, axis: int) -> tuple[float, float]:
